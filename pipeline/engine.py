@@ -1,0 +1,69 @@
+"""Engine: the one door to a built model, which parity, bench and serve share.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are greedy decoding."""
+
+    max_new_tokens: int = 32
+    beams: int = 1
+    """Above 1: beam search with this width (excludes temperature above 0)."""
+    length_penalty: float = 1.0
+    """Beam search: scores are divided by length ** length_penalty."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] | None = None
+    """None: what the model's generation config says; (): never stop early."""
+
+
+class Token(NamedTuple):
+    """One generated token of one prompt, in the order in which it became known."""
+
+    prompt: int
+    token_id: int
+    logprob: float
+    finished: bool
+
+
+class Engine(Protocol):
+    """What `Target.open` returns."""
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """One forward pass. Decoders: `input_ids` [B, T] int64 and `attention_mask` [B, T] int64 (0 = padding, on
+        either side) in, `logits` [B, T, V] float32 out. Others: the names of the artifact's interface."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+        """Text-generation only: token ids in, tokens out. Beam search yields a prompt's tokens at its end."""
+        ...
+
+
+def completions(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """Run `generate` to its end: the new token ids of every prompt."""
+    out: list[list[int]] = [[] for _ in prompts]
+    for token in engine.generate(prompts, sampling):
+        out[token.prompt].append(token.token_id)
+    return out
+
+
+__all__ = ["Array", "Engine", "Sampling", "Token", "completions", "np"]
