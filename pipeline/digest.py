@@ -163,7 +163,10 @@ class StatCache:
     def sha256(self, path: Path) -> str:
         """The digest of `path`, read only if it is not known. Raises OSError."""
         digest = self.get(path)
-        if digest is None:
+        if digest is not None:
+            if self._known[os.path.realpath(path)][:-1] != _facts(os.path.realpath(path)):
+                self.put(path, digest)  # it was linked since
+        else:
             before = _facts(os.path.realpath(path))
             digest = sha256_file(path)
             if _facts(os.path.realpath(path))[:4] == before[:4]:
