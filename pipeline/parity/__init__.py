@@ -1,0 +1,1 @@
+"""Parity: how far an engine is from the original checkpoint, in numbers, and whether that is near enough."""
