@@ -1,0 +1,249 @@
+"""What a checkpoint does, read from its folder, and how transformers loads it.
+
+`infer_task`, `kind_of`, `check_tokenizer` and `check_weight_files` import only the standard library; `load_model`
+imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import TASKS
+
+KINDS = {"text-generation": "decoder", "text2text-generation": "seq2seq", "automatic-speech-recognition": "seq2seq"}
+"""Tasks that are not of kind `encoder`."""
+
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+ARCHITECTURE_ENDINGS = (
+    ("ForCausalLM", "text-generation"),
+    ("LMHeadModel", "text-generation"),
+    ("ForMaskedLM", "fill-mask"),
+    ("ForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "token-classification"),
+    ("ForQuestionAnswering", "question-answering"),
+    ("ForImageClassification", "image-classification"),
+    ("ForSpeechSeq2Seq", "automatic-speech-recognition"),
+    ("MTModel", "text2text-generation"),
+    ("Model", "feature-extraction"),
+)
+
+SPEECH_TYPES = frozenset({"whisper", "speech_to_text", "moonshine"})
+TEXT2TEXT_TYPES = frozenset(
+    {"bart", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus"}
+    | {"pegasus_x", "prophetnet", "switch_transformers", "t5", "umt5"}
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "source.spm")
+TOKENIZER_FILES += ("sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "merges.txt")
+
+
+def kind_of(task: str) -> str:
+    """`decoder`, `seq2seq` or `encoder`: which contract the engine of a task follows."""
+    if task not in TASKS:
+        raise RecipeError(f"unknown task '{task}'", hint=f"one of: {', '.join(TASKS)}")
+    return KINDS.get(task, "encoder")
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """The checkpoint's config.json; RecipeError when it is missing or not a JSON object."""
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{model_dir.name}: no config.json", hint="model.source must be a folder in Hugging Face format"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{model_dir.name}/config.json: not JSON: {error}", hint="fetch the file again") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{model_dir.name}/config.json: not a JSON object", hint="fetch the file again")
+    return config
+
+
+def infer_task(model_dir: Path) -> str:
+    """Read from the folder what the checkpoint does; RecipeError names what was found when that is not clear."""
+    config = read_config(model_dir)
+    if (model_dir / "modules.json").is_file():
+        return "feature-extraction"
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type", "")
+    for architecture in architectures:
+        if architecture.endswith("ForConditionalGeneration"):
+            if model_type in SPEECH_TYPES:
+                return "automatic-speech-recognition"
+            if model_type in TEXT2TEXT_TYPES:
+                return "text2text-generation"
+            continue
+        for ending, task in ARCHITECTURE_ENDINGS:
+            if architecture.endswith(ending):
+                return task
+    found = f"architectures {architectures!r}, model_type {model_type!r}"
+    raise RecipeError(
+        f"{model_dir.name}/config.json: cannot tell the task from {found}",
+        hint=f"set model.task to one of: {', '.join(TASKS)}",
+    )
+
+
+def check_tokenizer(model_dir: Path, task: str) -> None:
+    """RecipeError when a text task has no tokenizer files, or one whose ids go beyond the model's vocabulary."""
+    if task == "image-classification":
+        return
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        raise RecipeError(
+            f"{model_dir.name}: no tokenizer (looked for {', '.join(TOKENIZER_FILES[:5])}, ...)",
+            hint="copy the tokenizer files of the base model into the folder",
+        )
+    path = model_dir / "tokenizer.json"
+    config = read_config(model_dir)
+    vocab_size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not path.is_file() or not isinstance(vocab_size, int):
+        return
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        vocab = tokenizer["model"].get("vocab") or {}
+        largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+        largest = max([largest, *(token["id"] for token in tokenizer.get("added_tokens") or [])])
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"{model_dir.name}/tokenizer.json: not a tokenizer file: {error!r}", hint="fetch the file again"
+        ) from None
+    if largest >= vocab_size:
+        raise RecipeError(
+            f"{model_dir.name}: the tokenizer has token id {largest}, but vocab_size in config.json is {vocab_size}",
+            hint="the tokenizer belongs to another model, or the embeddings were not resized with it",
+        )
+
+
+def check_weight_files(model_dir: Path) -> list[Path]:
+    """The checkpoint's safetensors files, each readable to its end; RecipeError otherwise (pickle files: refused)."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise RecipeError(f"{model_dir.name}/{index.name}: {error!r}", hint="fetch the file again") from None
+    else:
+        names = sorted(path.name for path in model_dir.glob("*.safetensors"))
+        names = ["model.safetensors"] if "model.safetensors" in names else names
+    if not names:
+        pickles = sorted(path.name for path in [*model_dir.glob("*.bin"), *model_dir.glob("*.pt*")])
+        if pickles:
+            raise RecipeError(
+                f"{model_dir.name}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code",
+                hint="convert them where you trust them: python -c \"from transformers import AutoModel as M; "
+                "M.from_pretrained('DIR').save_pretrained('OUT')\" with the model's own class",
+            )
+        raise RecipeError(f"{model_dir.name}: no *.safetensors file", hint="fetch the weights, too")
+    for name in names:
+        check_safetensors(model_dir / name)
+    return [model_dir / name for name in names]
+
+
+def check_safetensors(path: Path) -> None:
+    """RecipeError when the file is missing or its size is not what its header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 2 <= length <= size - 8 else None
+    except FileNotFoundError:
+        raise RecipeError(f"{path.parent.name}/{path.name}: missing", hint="fetch all shards of the model") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        header = None
+    if not isinstance(header, dict):
+        raise RecipeError(f"{path.parent.name}/{path.name}: not a safetensors file", hint="fetch the file again")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise RecipeError(
+            f"{path.parent.name}/{path.name}: {size} bytes, but its header says {8 + length + end}",
+            hint="the file is truncated or damaged; fetch it again",
+        )
+
+
+@contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """Let transformers see optional packages as absent: scipy and sklearn cost 0.45 CPU s and are not used here."""
+    absent = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None means "do not import"
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def load_model(model_dir: Path, task: str, trust_remote_code: bool = False) -> Any:
+    """The checkpoint as a torch module: fp32, CPU, eval mode, gradients off. Offline, safetensors only.
+
+    RecipeError when a file is missing or damaged, the tokenizer does not match, the model type is unknown to the
+    installed transformers, the checkpoint lacks weights that the task needs, or a weight is not finite.
+    """
+    kind_of(task)
+    check_tokenizer(model_dir, task)
+    check_weight_files(model_dir)
+    config = read_config(model_dir)
+    name = AUTO_CLASSES[task]
+    if task == "feature-extraction" and config.get("is_encoder_decoder"):
+        name = "AutoModelForTextEncoding"
+    with _hidden("scipy", "sklearn"):
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            model, info = getattr(transformers, name).from_pretrained(
+                model_dir,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
+            raise _cannot_load(model_dir, task, config, error) from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise RecipeError(
+            f"{model_dir.name}: the weights lack {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, "
+            f"which {type(model).__name__} needs for task '{task}'",
+            hint=f"choose another model.task, or a checkpoint trained for {task}",
+        )
+    model.eval().requires_grad_(False)
+    for parameter, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise RecipeError(f"{model_dir.name}: weight {parameter} has NaN or infinite values", hint="fetch it again")
+    return model
+
+
+def _cannot_load(model_dir: Path, task: str, config: dict[str, Any], error: Exception) -> RecipeError:
+    model_type = config.get("model_type")
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error) or ("auto_map" in config and isinstance(error, (ValueError, ImportError))):
+        return RecipeError(
+            f"{model_dir.name}: model_type {model_type!r} runs Python code of the checkpoint's own",
+            hint="read that code, then set model.trust_remote_code: true",
+        )
+    if isinstance(error, (ValueError, KeyError)):
+        return RecipeError(
+            f"{model_dir.name}: transformers cannot load model_type {model_type!r} for task '{task}': {text}",
+            hint="check model.task and model_type in config.json; a newer transformers may know the type",
+        )
+    return RecipeError(f"{model_dir.name}: transformers cannot load the checkpoint: {text}", hint="fetch it again")
