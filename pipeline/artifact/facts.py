@@ -1,0 +1,149 @@
+"""What a build knows of one target, as the manifest says it: nothing here differs from one run to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact.manifest import (
+    Device,
+    Interface,
+    ManifestFacts,
+    Requirement,
+    Runtime,
+    Source,
+    SourceFile,
+    StageRecord,
+    Target,
+    TensorSpec,
+    decimal,
+    freeze,
+)
+from pipeline.digest import FileDigest, sha256_of, sha256_tree
+from pipeline.hardware import Hardware
+from pipeline.parity.gates import Verdict
+from pipeline.pin import Source as Pinned
+from pipeline.plain import to_plain
+from pipeline.plan import Plan, PlannedStep
+from pipeline.store import Entry
+from pipeline.targets import Job, load
+
+PACKAGED = ("engine", "golden")
+"""The steps whose files an artifact holds."""
+
+
+def manifest_facts(
+    job: Job, name: str, plan: Plan, results: Mapping[str, Entry], verdicts: tuple[Verdict, ...], hardware: Hardware
+) -> ManifestFacts:
+    """The manifest of target `name`, from the plan, what the steps wrote, and the gates that were judged."""
+    recipe, keys = job.recipe, plan.targets[name]
+    options = recipe.targets[name]
+    engine = json.loads((results[keys["engine"]].out / "engine.json").read_bytes())
+    said = load(options.runtime).facts(engine, options, hardware)
+    steps = [step for step in plan.chain(keys["engine"])]
+    resolved = _recipe(job, name)
+    sources = tuple(_source(role, source, job) for role, source in _sources(job))
+    build_key = sha256_of({"recipe": freeze(resolved), "engine": keys["engine"], "golden": keys.get("golden", "")})
+    interface = engine.get("interface") or {}
+    decoder = engine.get("decoder") or {}
+    return ManifestFacts(
+        name=recipe.name,
+        version=recipe.version,
+        build_key=build_key,
+        description=recipe.package.description,
+        recipe=freeze(resolved),
+        sources=sources,
+        stages=tuple(_stage(step, steps, results[step.key]) for step in steps),
+        target=Target(name=name, os=hardware.os, arch=hardware.arch, isa=said.isa, device=Device(kind=said.device)),
+        runtime=Runtime(
+            engine=options.runtime,
+            layout=said.layout,
+            entry=said.entry,
+            requires={package: Requirement(min=version) for package, version in said.requires.items()},
+            command=said.command,
+            settings=freeze(engine.get("settings") or {}),
+        ),
+        interface=Interface(
+            task=job.task,
+            kind=job.kind,
+            inputs=_tensors(interface.get("inputs", ())),
+            outputs=_tensors(interface.get("outputs", ())),
+            limits={"context_length": decoder["context_length"]} if decoder.get("context_length") else {},
+        ),
+        precision=engine["precision"],
+        quantization=freeze(engine.get("quantization")),
+        gates={v.metric: None if v.threshold is None else decimal(v.threshold) for v in verdicts},
+        licenses=(recipe.model.license,) if recipe.model.license else (),
+    )
+
+
+def _sources(job: Job) -> list[tuple[str, Pinned]]:
+    return [("model", job.sources.model), *sorted(job.sources.data.items())]
+
+
+def _tensors(tensors: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in tensors)
+
+
+def _stage(step: PlannedStep, steps: list[PlannedStep], entry: Entry) -> StageRecord:
+    names = {other.key: other.name for other in steps}
+    return StageRecord(
+        id=step.name,
+        stage=step.stage.name,
+        version=step.stage.version,
+        key=step.key,
+        needs={role: names[key] for role, key in step.needs.items()},
+        outputs={file["path"]: file["digest"] for file in entry.files},
+        tools=dict(step.key_text["tools"]),
+        scope=step.stage.scope,
+        toolchain=step.stage.toolchain,
+        deterministic=step.stage.deterministic,
+    )
+
+
+def contents(source: Pinned) -> str:
+    """One digest for a source's files: what a local folder is called in a manifest, wherever it lies."""
+    return sha256_tree(FileDigest(file.path, file.size, file.digest) for file in source.files)
+
+
+def _uri(source: Pinned) -> str:
+    return source.uri if source.uri.startswith(("hf://", "package://")) else f"local:{contents(source)}"
+
+
+def _source(role: str, source: Pinned, job: Job) -> Source:
+    return Source(
+        name=role,
+        uri=_uri(source),
+        revision=source.revision,
+        license=(job.recipe.model.license or None) if role == "model" else None,
+        files=tuple(SourceFile(path=f.path, size=f.size, digest=f.digest) for f in source.files),
+    )
+
+
+def _recipe(job: Job, name: str) -> dict[str, Any]:
+    """The recipe of this target alone, every default written out; local paths give way to what they hold.
+
+    So a renamed folder or a moved recipe makes the same artifact.
+    """
+    recipe = replace(job.recipe, targets={name: job.recipe.targets[name]}, toolchains={})
+    plain: dict[str, Any] = to_plain(recipe)
+    plain["model"]["source"] = _uri(job.sources.model)
+    plain["model"]["task"] = job.task
+    data = job.sources.data
+    if plain["calibration"] and "calibration" in data:
+        plain["calibration"]["path"] = _uri(data["calibration"])
+    if plain["parity"]["data"] and "data" in data:
+        plain["parity"]["data"]["path"] = _uri(data["data"])
+    if plain["parity"]["prompts"] and "prompts" in data:
+        plain["parity"]["prompts"] = _uri(data["prompts"])
+    return plain
+
+
+def license_file(results: Mapping[str, Entry], keys: Mapping[str, str]) -> Path | None:
+    """The licence text that came with the model, if one did."""
+    folder = results[keys["model"]].out
+    found = sorted(p for p in folder.iterdir() if p.name.lower().startswith("license") and p.is_file())
+    return found[0] if found else None

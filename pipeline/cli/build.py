@@ -1,0 +1,216 @@
+"""`enginewright build`: recipe -> plan -> results -> gates -> artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from pipeline import __version__
+from pipeline.artifact import attest, facts
+from pipeline.artifact.package import Assembled, assemble
+from pipeline.cli import outcome
+from pipeline.cli.console import listening, megabytes, opened, table
+from pipeline.cli.errors import report
+from pipeline.cli.prepare import Prepared, prepare
+from pipeline.errors import GateError
+from pipeline.parity import gates
+from pipeline.plan import Status, status
+from pipeline.run.local import Event, Runner
+from pipeline.store import Entry, Store, open_store
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field, e.g. targets.cpu.precision=int8."
+)
+@click.option("--target", "only", multiple=True, metavar="NAME", help="Build only this target (may be repeated).")
+@click.option("--plan", "plan_only", is_flag=True, help="Show what would run and why; run nothing.")
+@click.option("--detailed-exitcode", is_flag=True, help="With --plan: 0 nothing to do, 2 work to do, 1 error.")
+@click.option("--locked", is_flag=True, help="Fail if a source differs from the recipe's lock file.")
+@click.option("--offline", is_flag=True, help="Use no network; sources must be local or fetched before.")
+@click.option("--update", is_flag=True, help="Ask the hub again which commit a branch or tag means.")
+@click.option(
+    "--cache", "root", type=click.Path(path_type=Path), help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where artifacts go."
+)
+@click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
+@click.option("--jobs", "-j", type=click.IntRange(1), default=1, show_default=True, help="Steps that run side by side.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", help="json: one document on stdout."
+)
+@click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the gates as a JUnit XML file.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def build(
+    recipe: Path,
+    overrides: Sequence[str],
+    only: Sequence[str],
+    plan_only: bool,
+    detailed_exitcode: bool,
+    locked: bool,
+    offline: bool,
+    update: bool,
+    root: Path | None,
+    out: Path,
+    copy: bool,
+    jobs: int,
+    form: str,
+    events: str | None,
+    junit: Path | None,
+    quiet: bool,
+) -> int:
+    """Build every target of RECIPE: export, quantize, compile, prove, package.
+
+    Exit code 0 means that every gate passed and every artifact is complete.
+    """
+    started = datetime.now(UTC)
+    store = open_store(root)
+    try:
+        prepared = prepare(recipe, store, overrides=overrides, only=only, locked=locked, offline=offline, update=update)
+        last = store.last(_memory(prepared))
+        states = list(status(prepared.plan, store, last))
+    except Exception as error:
+        if plan_only and detailed_exitcode:  # 1 is what --detailed-exitcode calls an error, of any kind
+            report(error)
+            return 1
+        raise
+    if plan_only:
+        _show_plan(prepared, states, store, form)
+        return 2 if detailed_exitcode and not all(state.hit for state in states) else 0
+    costs: dict[str, Event] = {}
+    with opened(events) as stream:
+        missing = [state.step.label for state in states if not state.hit]
+        results = _run(prepared, store, missing, costs, stream, jobs, quiet or form == "json")
+        store.remember(_memory(prepared), _keys(prepared))
+        judged = outcome.judge(prepared, results)
+        if junit:
+            outcome.write_junit(junit, prepared.recipe.name, judged)
+        failed = [each for each in judged if each.outcome is gates.Outcome.FAILED]
+        made = {} if failed else _publish(prepared, results, judged, out, started, costs, copy)
+        document = outcome.document(prepared.recipe, judged, made)
+        if stream:
+            stream.write(json.dumps({"event": "result", **document}) + "\n")
+    if form == "json":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        click.echo(outcome.text(judged, made))
+    outcome.tell_github(judged, made)
+    if failed:
+        raise GateError(
+            f"{len(failed)} of {len(judged)} targets failed their gates; nothing was published:\n"
+            + "\n".join(line for each in failed for line in outcome.why(each)),
+            hint="the engines stay in the store for inspection:\n"
+            + "\n".join(str(store.path(prepared.plan.targets[each.target]["engine"]) / "out") for each in failed),
+        )
+    return 0
+
+
+def _memory(prepared: Prepared) -> str:
+    """Under which name the store remembers this recipe's keys."""
+    return prepared.recipe.name
+
+
+def _keys(prepared: Prepared) -> dict[str, str]:
+    return {f"{t}/{step}": key for t, keys in prepared.plan.targets.items() for step, key in keys.items()}
+
+
+def _run(
+    prepared: Prepared,
+    store: Store,
+    missing: Sequence[str],
+    costs: dict[str, Event],
+    stream: IO[str] | None,
+    jobs: int,
+    quiet: bool,
+) -> dict[str, Entry]:
+    with listening(missing, stream, quiet=quiet) as show:
+
+        def listen(event: Event) -> None:
+            if event["event"] in ("done", "hit"):
+                costs[event["key"]] = event
+            show(event)
+
+        return Runner(store, listen, prepared.recipe.toolchains, jobs).run(prepared.plan)
+
+
+def _publish(
+    prepared: Prepared,
+    results: Mapping[str, Entry],
+    judged: Sequence[outcome.Judged],
+    out: Path,
+    started: datetime,
+    costs: Mapping[str, Event],
+    copy: bool,
+) -> dict[str, Assembled]:
+    """Assemble every target's artifact; each swap is atomic, and none begins before all gates have passed."""
+    made = {}
+    for each in judged:
+        keys, hardware = prepared.plan.targets[each.target], prepared.hardware[each.target]
+        about = facts.manifest_facts(prepared.job, each.target, prepared.plan, results, each.verdicts, hardware)
+        stamp = {"started": started.isoformat(), "finished": datetime.now(UTC).isoformat()}
+        steps = [
+            attest.StepRun(
+                name=step.name,
+                key=step.key,
+                cached=costs[step.key]["event"] == "hit",
+                output_bytes=results[step.key].size_bytes,
+                **{n: results[step.key].run.get(n) for n in ("wall_s", "cpu_s", "peak_rss_bytes")},
+            )
+            for step in prepared.plan.steps
+            if each.target in step.targets
+        ]
+        made[each.target] = assemble(
+            results[keys["engine"]].out,
+            golden_dir=results[keys["golden"]].out if "golden" in keys else None,
+            manifest_facts=about,
+            destination=out / prepared.recipe.name / each.target,
+            link="copy" if copy else "auto",
+            license_file=facts.license_file(results, keys),
+            attestations={
+                "provenance": attest.provenance(
+                    about, **stamp, steps=steps, host=_host(hardware), versions={"enginewright": __version__}
+                ),
+                "parity": attest.parity(each.result, about.gates, about.build_key),
+            },
+        )
+    return made
+
+
+def _host(hardware: Any) -> dict[str, Any]:
+    return {"os": hardware.os, "arch": hardware.arch, "isa": list(hardware.isa), "cores": os.cpu_count()}
+
+
+def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, form: str) -> None:
+    rows = [
+        {
+            "step": state.step.label,
+            "stage": state.step.stage.name,
+            "key": state.step.key,
+            "targets": list(state.step.targets),
+            "state": "hit" if state.hit else "miss",
+            "reason": state.reason,
+            "size_bytes": state.size_bytes,
+            "toolchain": state.step.stage.toolchain,
+            "scope": state.step.stage.scope,
+        }
+        for state in states
+    ]
+    if form == "json":
+        click.echo(json.dumps({"recipe": prepared.recipe.name, "store": str(store.root), "steps": rows}, indent=2))
+        return
+    shown = [
+        (row["step"], row["stage"], row["state"], megabytes(state.size_bytes) if state.hit else "", row["reason"])
+        for row, state in zip(rows, states, strict=True)
+    ]
+    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "REASON"), shown))
+    missing = sum(not state.hit for state in states)
+    click.echo(f"\n{missing} of {len(states)} steps to run, {len(states) - missing} in the store at {store.root}")

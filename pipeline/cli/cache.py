@@ -1,0 +1,89 @@
+"""`enginewright cache`: the store of intermediate results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from pipeline.errors import RecipeError, VerificationError
+from pipeline.store import open_store
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def size(text: str) -> int:
+    """`20GB` -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if not match:
+        raise RecipeError(f"{text!r} is not a size", hint="for example 500MB or 20GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def duration(text: str) -> float:
+    """`30d` -> seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    if not match:
+        raise RecipeError(f"{text!r} is not a duration", hint="for example 12h or 30d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+location = click.option(
+    "--cache", "root", type=click.Path(path_type=Path), help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache."
+)
+
+
+@click.group()
+def cache() -> None:
+    """List, verify or clear the store of intermediate results."""
+
+
+@cache.command()
+@location
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="json: one document.")
+def ls(root: Path | None, form: str) -> None:
+    """List the results, with their sizes."""
+    store = open_store(root)
+    rows = []
+    for key in store.entries():
+        entry = store.get(key)
+        size_bytes = entry.size_bytes if entry else 0
+        rows.append({"key": key, "size_bytes": size_bytes, "state": "ok" if entry else store.corrupt.get(key, "gone")})
+    if form == "json":
+        click.echo(json.dumps({"root": str(store.root), "results": rows}, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{int(str(row['size_bytes'])) / 1e6:10.1f} MB  {row['key']}  {row['state']}")
+    click.echo(f"{sum(int(str(r['size_bytes'])) for r in rows) / 1e6:10.1f} MB  {len(rows)} results in {store.root}")
+
+
+@cache.command()
+@location
+@click.option("--older-than", default="0s", help="Only results not used for so long, e.g. 30d.")
+@click.option("--max-size", default=None, help="Remove the least recently used until so much is left, e.g. 20GB.")
+def gc(root: Path | None, older_than: str, max_size: str | None) -> None:
+    """Remove results, the least recently used first (without options: all)."""
+    store = open_store(root)
+    limit = size(max_size) if max_size else None
+    removed = store.gc(older_than_s=duration(older_than), max_bytes=limit)
+    click.echo(f"removed {len(removed)} results, {sum(bytes_ for _, bytes_ in removed) / 1e6:.1f} MB")
+
+
+@cache.command()
+@location
+@click.option("--remove", is_flag=True, help="Remove what is corrupt; the next build makes it again.")
+def verify(root: Path | None, remove: bool) -> None:
+    """Hash every file of every result and compare."""
+    store = open_store(root)
+    keys = list(store.entries())
+    bad = [key for key in keys if store.get(key, deep=True) is None]
+    for key in bad:
+        click.echo(f"corrupt: {key}: {store.corrupt.get(key, 'gone')}")
+        if remove:
+            store.remove(key)
+    click.echo(f"{len(keys) - len(bad)} of {len(keys)} results are whole")
+    if bad and not remove:
+        raise VerificationError(f"{len(bad)} results are corrupt", hint="`enginewright cache verify --remove`")

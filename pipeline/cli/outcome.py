@@ -1,0 +1,198 @@
+"""What came out of a build: verdicts by target, as text, JSON, JUnit and GitHub's summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from pipeline.artifact.attest import ParityResult
+from pipeline.artifact.package import Assembled
+from pipeline.cli.console import megabytes, table
+from pipeline.cli.prepare import Prepared
+from pipeline.errors import StageError
+from pipeline.parity import gates
+from pipeline.parity.gates import Outcome, Verdict
+from pipeline.recipe import Recipe
+from pipeline.store import Entry
+
+SHOWN = {
+    "decoder": ("kld_mean", "top1", "perplexity_ratio", "greedy_equal"),
+    "seq2seq": ("kld_mean", "top1", "perplexity_ratio", "greedy_equal"),
+    "encoder": ("cosine_mean", "cosine_min", "max_abs_error", "spearman"),
+}
+"""The columns of the table of results."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A target, measured and judged."""
+
+    target: str
+    precision: str
+    kind: str
+    size_bytes: int
+    metrics: Mapping[str, float]
+    worst: Mapping[str, Any]
+    verdicts: tuple[Verdict, ...]
+    result: ParityResult
+
+    @property
+    def outcome(self) -> Outcome:
+        """One word for all the gates."""
+        return gates.overall(self.verdicts)
+
+
+def judge(prepared: Prepared, results: Mapping[str, Entry]) -> list[Judged]:
+    """Hold every target's reports against the gates of its precision, with the recipe's overrides."""
+    return [_judge(prepared, name, results) for name in prepared.plan.targets]
+
+
+def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judged:
+    keys, job = prepared.plan.targets[name], prepared.job
+    engine = results[keys["engine"]]
+    precision = str(_json(engine.out / "engine.json")["precision"])
+    report: dict[str, Any] = {"metrics": {}, "worst": {}, "samples": 0}
+    verdicts: tuple[Verdict, ...] = ()
+    if "parity" in keys:
+        report = _json(results[keys["parity"]].out / "report.json")
+        overrides = prepared.recipe.targets[name].gates
+        verdicts = gates.evaluate(report["metrics"], job.kind, precision, overrides, job.task)
+    if "parity.unquantized" in keys:
+        # The engine before quantization, at fp32's gates: an export bug must not pass as quantization loss.
+        before = _json(results[keys["parity.unquantized"]].out / "report.json")
+        unquantized = gates.evaluate(before["metrics"], job.kind, "fp32", {}, job.task)
+        if gates.overall(unquantized) is Outcome.FAILED:
+            failed = "\n".join(gates.explain(v) for v in unquantized if v.outcome is Outcome.FAILED)
+            raise StageError(
+                f"{name}: the engine differs from the checkpoint before any quantization, so the export is wrong:\n{failed}",
+                hint="try another exporter (targets.<name>.exporter), and please report it",
+            )
+    outcome = gates.overall(verdicts)
+    by = {o: tuple(v.metric for v in verdicts if v.outcome is o) for o in Outcome}
+    words = {Outcome.PASSED: "passed", Outcome.FAILED: "failed"}
+    result = ParityResult(
+        verdict=words.get(outcome, "deferred"),  # type: ignore[arg-type]
+        metrics={k: v for k, v in report["metrics"].items() if v is not None},
+        passed=by[Outcome.PASSED],
+        failed=by[Outcome.FAILED],
+        skipped=by[Outcome.OFF],
+        reason="" if verdicts else "this target has no parity step",
+        samples=int(report["samples"]),
+        worst=report["worst"],
+    )
+    return Judged(name, precision, job.kind, engine.size_bytes, report["metrics"], report["worst"], verdicts, result)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def why(judged: Judged) -> list[str]:
+    """Every failed gate with value and threshold, and where it was worst."""
+    lines = [f"{judged.target}: {gates.explain(v)}" for v in judged.verdicts if v.outcome is Outcome.FAILED]
+    if judged.worst:
+        lines.append(f"{judged.target}: worst sample: {json.dumps(judged.worst, ensure_ascii=False)[:400]}")
+    return lines
+
+
+def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
+    """The table of results for a person."""
+    shown = SHOWN[judged[0].kind] if judged else ()
+    rows = [
+        (
+            each.target,
+            each.precision,
+            megabytes(each.size_bytes),
+            *(_number(each.metrics.get(metric)) for metric in shown),
+            f"{sum(v.passed for v in each.verdicts)}/{len(each.verdicts)} {each.outcome}",
+            f"{made[each.target].path}{'' if made[each.target].changed else ' (unchanged)'}"
+            if each.target in made
+            else "-",
+        )
+        for each in judged
+    ]
+    lines = [table(("TARGET", "PRECISION", "SIZE", *(m.upper() for m in shown), "GATES", "ARTIFACT"), rows)]
+    lines += [f"{name}  {each.artifact_id}" for name, each in made.items()]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assembled]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "recipe": recipe.name,
+        "version": recipe.version,
+        "targets": [
+            {
+                "target": each.target,
+                "precision": each.precision,
+                "size_bytes": each.size_bytes,
+                "outcome": str(each.outcome),
+                "metrics": dict(each.metrics),
+                "worst": dict(each.worst),
+                "gates": [
+                    {
+                        "metric": v.metric,
+                        "value": v.value,
+                        "threshold": v.threshold,
+                        "direction": v.direction,
+                        "outcome": str(v.outcome),
+                    }
+                    for v in each.verdicts
+                ],
+                "artifact": str(made[each.target].path) if each.target in made else None,
+                "artifact_id": made[each.target].artifact_id if each.target in made else None,
+                "changed": made[each.target].changed if each.target in made else False,
+            }
+            for each in judged
+        ],
+    }
+
+
+def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
+    """One test suite a target, one test case a gate."""
+    suites = ElementTree.Element("testsuites", name=name)
+    for each in judged:
+        count = {outcome: sum(v.outcome is outcome for v in each.verdicts) for outcome in Outcome}
+        suite = ElementTree.SubElement(
+            suites,
+            "testsuite",
+            name=f"{name}/{each.target}",
+            tests=str(len(each.verdicts)),
+            failures=str(count[Outcome.FAILED]),
+            skipped=str(count[Outcome.DEFERRED] + count[Outcome.OFF]),
+        )
+        for verdict in each.verdicts:
+            case = ElementTree.SubElement(suite, "testcase", classname=f"{name}.{each.target}", name=verdict.metric)
+            if verdict.outcome is Outcome.FAILED:
+                ElementTree.SubElement(case, "failure", message=gates.explain(verdict))
+            elif verdict.outcome is not Outcome.PASSED:
+                ElementTree.SubElement(case, "skipped", message=str(verdict.outcome))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def tell_github(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> None:
+    """Append to GITHUB_STEP_SUMMARY and GITHUB_OUTPUT where a workflow has set them."""
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        shown = SHOWN[judged[0].kind] if judged else ()
+        head = ("target", "precision", "size", *shown, "gates")
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for each in judged:
+            values = [_number(each.metrics.get(metric)) for metric in shown]
+            cells = [each.target, each.precision, megabytes(each.size_bytes), *values, str(each.outcome)]
+            lines.append(f"| {' | '.join(cells)} |")
+        with Path(summary).open("a", encoding="utf-8") as handle:
+            handle.write("\n".join(lines) + "\n")
+    if output := os.environ.get("GITHUB_OUTPUT"):
+        with Path(output).open("a", encoding="utf-8") as handle:
+            for name, each in made.items():
+                handle.write(f"artifact_id_{name}={each.artifact_id}\nartifact_{name}={each.path}\n")

@@ -1,0 +1,84 @@
+"""From a recipe file to a plan: what `build`, `doctor` and every later verb that reads a recipe start with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline import hardware as machines
+from pipeline import targets
+from pipeline.errors import RecipeError, UnavailableError
+from pipeline.hardware import Hardware
+from pipeline.parity import gates
+from pipeline.parse import load_recipe
+from pipeline.pin import pin
+from pipeline.plan import Plan, plan
+from pipeline.recipe import Recipe
+from pipeline.run import toolchain
+from pipeline.stages.tasks import kind_of
+from pipeline.store import Store
+from pipeline.targets import Job
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before anything runs."""
+
+    path: Path
+    job: Job
+    plan: Plan
+    hardware: dict[str, Hardware]
+    """By target."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The typed recipe, with only the targets that were asked for."""
+        return self.job.recipe
+
+
+def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Recipe:
+    """The typed recipe; `only` names the targets to keep."""
+    recipe = load_recipe(
+        path,
+        lambda runtime: targets.load(runtime).Options,
+        targets.names(),
+        overrides,
+        hardware=machines.names(),
+        metrics=tuple(gates.metrics()),
+    )
+    if unknown := [name for name in only if name not in recipe.targets]:
+        raise RecipeError(f"{path} has no target {unknown[0]!r}", hint=f"its targets: {', '.join(recipe.targets)}")
+    return replace(recipe, targets={name: t for name, t in recipe.targets.items() if not only or name in only})
+
+
+def prepare(
+    path: Path,
+    store: Store,
+    *,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    locked: bool = False,
+    offline: bool = False,
+    update: bool = False,
+) -> Prepared:
+    """Read, pin and plan. Raises before anything runs for whatever can be known before anything runs."""
+    recipe = read(path, overrides, only)
+    sources = pin(recipe, path, locked=locked, offline=offline, update=update, cache=store.root)
+    task = recipe.model.task or sources.task
+    job = Job(recipe=recipe, sources=sources, task=task, kind=kind_of(task), config=sources.config)
+    steps, hardware = {}, {}
+    for name, options in recipe.targets.items():
+        hardware[name] = machines.load(options.hardware)
+        gates.check(options.gates, job.kind)
+        steps[name] = (targets.load(options.runtime).steps(job, name, options, hardware[name]), hardware[name])
+
+    def versions(distribution: str, chain: str) -> str:
+        try:
+            return toolchain.version(distribution, chain, recipe.toolchains)
+        except UnavailableError as error:
+            extras = sorted({e for o in recipe.targets.values() if (e := targets.load(o.runtime).EXTRA)})
+            hint = f"pip install 'enginewright[{','.join(extras)}]'" if chain == "default" else ""
+            raise UnavailableError(error.message, hint=error.hint or hint) from None
+
+    return Prepared(path, job, plan(steps, versions), hardware)

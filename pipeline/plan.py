@@ -1,0 +1,128 @@
+"""Recipe + hardware -> Plan, with a key for every step: pure, and all known before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.digest import sha256_of
+from pipeline.hardware import Hardware, facts
+from pipeline.plain import to_plain
+from pipeline.step import Stage, Step
+from pipeline.store import Store
+
+Versions = Callable[[str, str], str]
+"""(distribution, toolchain) -> version; raises UnavailableError when it is not installed."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with its key. Steps of several targets with equal keys are one planned step."""
+
+    name: str
+    stage: Stage[Any]
+    options: Any
+    needs: Mapping[str, str]
+    """Role -> key."""
+    key: str
+    key_text: Mapping[str, Any]
+    targets: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: `export`, or `cpu-int4/engine` when one target alone needs it."""
+        return f"{self.targets[0]}/{self.name}" if len(self.targets) == 1 else self.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order in which each comes after what it needs, and each target's keys by step name."""
+
+    steps: tuple[PlannedStep, ...]
+    targets: Mapping[str, Mapping[str, str]]
+
+    def by_key(self) -> dict[str, PlannedStep]:
+        """Key -> step."""
+        return {step.key: step for step in self.steps}
+
+    def chain(self, key: str) -> tuple[PlannedStep, ...]:
+        """The step of `key` and all it rests on, in plan order."""
+        wanted, by_key = {key}, self.by_key()
+        for step in reversed(self.steps):
+            if step.key in wanted:
+                wanted.update(by_key[step.key].needs.values())
+        return tuple(step for step in self.steps if step.key in wanted)
+
+
+def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions) -> Plan:
+    """Give every step of every target its key, and share the steps whose keys are equal."""
+    merged: dict[str, PlannedStep] = {}
+    names: dict[str, dict[str, str]] = {}
+    for target, (steps, hardware) in targets.items():
+        keys = names[target] = {}
+        for step in steps:
+            text = {
+                "kind": "step",
+                "stage": step.stage.name,
+                "version": step.stage.version,
+                "options": to_plain(step.options, keyed=True),
+                "needs": {role: keys[name] for role, name in step.needs.items()},
+                "tools": {tool: versions(tool, step.stage.toolchain) for tool in step.stage.tools},
+                "hardware": facts(hardware, step.stage.scope),
+                "salt": os.environ.get("ENGINEWRIGHT_SALT", ""),
+            }
+            key = keys[step.name] = f"{step.stage.name}-{sha256_of(text).removeprefix('sha256:')}"
+            known = merged.get(key)
+            merged[key] = (
+                replace(known, targets=(*known.targets, target))
+                if known
+                else PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, (target,))
+            )
+    return Plan(tuple(merged.values()), names)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a step's result is there, and if not, why not."""
+
+    step: PlannedStep
+    hit: bool
+    reason: str
+    size_bytes: int
+
+
+def status(plan: Plan, store: Store, last: Mapping[str, str]) -> Iterator[Status]:
+    """Hit or miss for every step, with the reason for a miss; `last` is `Store.last` of this recipe."""
+    for step in plan.steps:
+        entry = store.get(step.key)
+        if entry:
+            yield Status(step, True, "", entry.size_bytes)
+        else:
+            yield Status(step, False, store.corrupt.get(step.key) or _reason(step, store, last), 0)
+
+
+def _reason(step: PlannedStep, store: Store, last: Mapping[str, str]) -> str:
+    before = store.key_text(last.get(f"{step.targets[0]}/{step.name}", ""))
+    if before is None:
+        return "not built yet"
+    old, new = dict(_flat(before)), dict(_flat(step.key_text))
+    changes = [
+        f"{path} {old.get(path, '(none)')} -> {new.get(path, '(none)')}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and not path.startswith("needs.")
+    ]
+    changes += [f"{role} changed" for role in step.needs if old.get(f"needs.{role}") != new.get(f"needs.{role}")]
+    return "; ".join(changes) or "its result was removed"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{index}")
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,235 @@
+"""The store: a key -> a directory, whole or absent, whatever is killed when.
+
+Layout under the root: `results/<key>/{out/, key.json, entry.json}`, `locks/`, `scratch/`, `logs/`, `last/`.
+`key.json` is the text that was hashed, so that the reason for a miss is a diff of two small files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.digest import sha256_file
+from pipeline.errors import StageError, UnavailableError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result: `out` is what the stage wrote, `files` its digests, `run` what the run cost (never part of a key)."""
+
+    key: str
+    path: Path
+    files: tuple[dict[str, Any], ...]
+    run: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        """The stage's own directory."""
+        return self.path / "out"
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the files' sizes."""
+        return sum(int(file["size"]) for file in self.files)
+
+
+def default_root() -> Path:
+    """`$ENGINEWRIGHT_CACHE`, else `$XDG_CACHE_HOME/enginewright`, else `~/.cache/enginewright`."""
+    if root := os.environ.get("ENGINEWRIGHT_CACHE"):
+        return Path(root).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "enginewright"
+
+
+def _stat(path: Path) -> list[int]:
+    """What changes when a file does: modification and change time in ns, inode, size."""
+    s = path.stat()
+    return [s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size]
+
+
+def _describe(out: Path) -> list[dict[str, Any]]:
+    """Every file under `out`, with size, digest and stat, sorted by path."""
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return [
+        {"path": f.relative_to(out).as_posix(), "size": f.stat().st_size, "digest": sha256_file(f), "stat": _stat(f)}
+        for f in files
+    ]
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Store:
+    """Results by key under one root directory."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or default_root()
+        self.corrupt: dict[str, str] = {}
+        """key -> what was wrong with an entry that `get` refused."""
+
+    def path(self, key: str) -> Path:
+        """Where a key's result is, or would be."""
+        return self.root / "results" / key
+
+    def get(self, key: str, *, deep: bool = False) -> Entry | None:
+        """The result of a key, or None. A changed, cut or missing file is a miss, told in `corrupt`.
+
+        A file whose times, inode and size are as recorded is trusted; any other is hashed again. `deep` hashes all.
+        """
+        path = self.path(key)
+        try:
+            record = json.loads((path / "entry.json").read_bytes())
+            entry = Entry(key, path, tuple(record["files"]), record["run"])
+        except FileNotFoundError:
+            if path.exists():
+                self.corrupt[key] = "entry.json is missing"
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            self.corrupt[key] = f"entry.json is unreadable ({error})"
+            return None
+        fresh = False
+        for file in entry.files:
+            try:
+                stat = _stat(entry.out / file["path"])
+                if deep or stat != file["stat"]:
+                    if stat[3] != file["size"] or sha256_file(entry.out / file["path"]) != file["digest"]:
+                        self.corrupt[key] = f"{file['path']} has changed"
+                        return None
+                    file["stat"], fresh = stat, True
+            except OSError as error:
+                self.corrupt[key] = f"{file['path']}: {error.strerror}"
+                return None
+        if fresh:
+            with contextlib.suppress(OSError):  # a read-only store is checked again next time
+                self._write(path / "entry.json", {"files": entry.files, "run": entry.run})
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return entry
+
+    @contextlib.contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Hold the key's lock; waits for another builder. The kernel drops it when a holder dies."""
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            handle = (self.root / "locks" / key).open("w")
+        except OSError as error:
+            raise StageError(
+                f"the store at {self.root} cannot be written: {error.strerror}",
+                hint="give another place with --cache DIR or ENGINEWRIGHT_CACHE, or make this one writable",
+            ) from error
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def adding(self, key: str, key_text: dict[str, Any], run: dict[str, Any]) -> Iterator[Path]:
+        """A scratch directory that becomes the key's result when the block ends well, and is removed when not.
+
+        The caller holds `locked(key)`, so leftovers of the same key belong to nobody and are cleared. `run` is written
+        as it is when the block ends.
+        """
+        scratch_root = self.root / "scratch"
+        for leftover in scratch_root.glob(f"{key}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        scratch = scratch_root / f"{key}.{uuid.uuid4().hex[:8]}"
+        (scratch / "out").mkdir(parents=True)
+        try:
+            yield scratch / "out"
+            files = _describe(scratch / "out")
+            for file in files:
+                path = scratch / "out" / file["path"]
+                if path.stat().st_nlink == 1:  # a link to the user's own model keeps its mode
+                    path.chmod(0o444)
+                _sync(path)
+                file["stat"] = _stat(path)
+            self._write(scratch / "key.json", key_text)
+            self._write(scratch / "entry.json", {"files": files, "run": run})
+            final = self.path(key)
+            final.parent.mkdir(exist_ok=True)
+            if final.exists():  # corrupt, or the caller would have taken it
+                final.rename(scratch_root / f"{key}.{uuid.uuid4().hex[:8]}")
+            scratch.rename(final)
+            _sync(final.parent)
+            self.corrupt.pop(key, None)
+        finally:
+            for leftover in scratch_root.glob(f"{key}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def entries(self) -> Iterator[str]:
+        """Every key, in order."""
+        results = self.root / "results"
+        yield from sorted(path.name for path in results.iterdir()) if results.is_dir() else ()
+
+    def key_text(self, key: str) -> dict[str, Any] | None:
+        """What was hashed into a stored key."""
+        try:
+            text: dict[str, Any] = json.loads((self.path(key) / "key.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return text
+
+    def remove(self, key: str) -> None:
+        """Delete a result, whole: first out of sight, then from the disk."""
+        with self.locked(key):
+            trash = self.root / "scratch" / f"{key}.{uuid.uuid4().hex[:8]}"
+            trash.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.path(key).rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def gc(self, *, older_than_s: float = 0, max_bytes: int | None = None) -> list[tuple[str, int]]:
+        """Remove results not used for `older_than_s`, the least recently used first, until `max_bytes` are left."""
+        used = sorted((self.path(key).stat().st_mtime, key) for key in self.entries())
+        sizes = {key: sum(f.stat().st_size for f in self.path(key).rglob("*") if f.is_file()) for _, key in used}
+        total, removed = sum(sizes.values()), []
+        for when, key in used:
+            if time.time() - when < older_than_s or (max_bytes is not None and total <= max_bytes):
+                continue
+            self.remove(key)
+            total -= sizes[key]
+            removed.append((key, sizes[key]))
+        return removed
+
+    def remember(self, name: str, keys: dict[str, str]) -> None:
+        """Note which keys a recipe's steps had, so that the next plan can say what changed."""
+        if keys != self.last(name):
+            with contextlib.suppress(OSError):
+                (self.root / "last").mkdir(parents=True, exist_ok=True)
+                self._write(self.root / "last" / f"{name}.json", {**self.last(name), **keys})
+
+    def last(self, name: str) -> dict[str, str]:
+        """Step -> key, of the recipe's last build."""
+        try:
+            keys: dict[str, str] = json.loads((self.root / "last" / f"{name}.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return keys
+
+    def _write(self, path: Path, value: Any) -> None:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        with temporary.open("w", encoding="utf-8") as handle:
+            json.dump(value, handle, indent=1, sort_keys=True, ensure_ascii=False)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+
+
+def open_store(root: Path | None) -> Store:
+    """A Store at `root` (default: `default_root()`); UnavailableError when a file stands in the way."""
+    store = Store(root.absolute() if root else None)
+    if store.root.exists() and not store.root.is_dir():
+        raise UnavailableError(f"{store.root} is a file, not a directory", hint="give another --cache DIR")
+    return store

@@ -1,0 +1,95 @@
+"""Targets: one file a backend. Built-ins and plug-ins come through the same door, entry points of one group."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from pipeline.engine import Engine
+from pipeline.errors import UnavailableError
+from pipeline.hardware import Hardware, Verdict
+from pipeline.pin import Locked
+from pipeline.recipe import Recipe, TargetOptions
+from pipeline.step import Step
+
+GROUP = "enginewright.targets"
+Kind = Literal["decoder", "seq2seq", "encoder"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a target is asked to build: the recipe, where its sources are, and what kind of model it is."""
+
+    recipe: Recipe
+    sources: Locked
+    task: str
+    kind: Kind
+    config: Mapping[str, Any]
+    """The model's config.json."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a target says of its engine for the manifest, beside what engine.json says."""
+
+    requires: Mapping[str, str]
+    """Distribution of the runtime -> lowest version that serves it."""
+    layout: str
+    entry: str
+    command: tuple[str, ...]
+    """The command that serves or tries the artifact; `{artifact}` stands for its folder."""
+    device: str
+    isa: tuple[str, ...]
+
+
+class Target(Protocol):
+    """A backend: a module with these names."""
+
+    Options: type[TargetOptions]
+    """Parsed from the recipe's `targets.<name>`."""
+    EXTRA: str
+    """The extra of this distribution that installs what the target needs."""
+
+    def steps(self, job: Job, name: str, options: Any, hardware: Hardware) -> tuple[Step, ...]:
+        """The whole pipeline, top to bottom. The steps called `engine`, `reference` and `parity` are what is packaged.
+
+        Raises RecipeError or UnavailableError for what this backend cannot do, before anything runs.
+        """
+        ...
+
+    def facts(self, engine: Mapping[str, Any], options: Any, hardware: Hardware) -> Facts:
+        """What the manifest says of the runtime; `engine` is engine.json."""
+        ...
+
+    def open(self, engine: Path, hardware: Hardware) -> Engine:
+        """What the engine step wrote, or an artifact -> something that answers."""
+        ...
+
+    def can_run(self, manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
+        """Whether this machine can run an artifact, with the reason."""
+        ...
+
+
+@functools.cache
+def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def names() -> list[str]:
+    """Every installed backend, by the name that a recipe's `runtime` takes."""
+    return sorted(_entries())
+
+
+def load(name: str) -> Target:
+    """The backend of a name; UnavailableError when there is none, or when its module does not import."""
+    entry = _entries().get(name)
+    if entry is None:
+        raise UnavailableError(f"no runtime is called {name!r}", hint=f"installed: {', '.join(names())}")
+    try:
+        return cast(Target, entry.load())
+    except ImportError as error:
+        raise UnavailableError(f"the runtime {name!r} does not import: {error}") from error

@@ -1,0 +1,48 @@
+"""Stages that do little, for tests of the spine; imported by name in the worker process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UnavailableError
+from pipeline.step import Inputs, Progress, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """Write `text`, after what the inputs hold."""
+
+    text: str = ""
+    sleep_s: float = 0.0
+    fail: str = ""
+
+
+def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None:
+    """Concatenate; or fail in the way that was asked."""
+    progress(1, 2, "half-way")
+    (out / "partial").write_text("not whole")
+    time.sleep(options.sleep_s)
+    if options.fail == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options.fail == "segv":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if options.fail == "hidden enospc":
+        raise RuntimeError("write failed: No space left on device")
+    if options.fail == "enospc":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if options.fail == "unavailable":
+        raise UnavailableError("this needs a thing", hint="get the thing")
+    if options.fail == "bug":
+        raise ZeroDivisionError("a bug")
+    (out / "partial").unlink()
+    before = "".join((folder / "text").read_text() for _, folder in sorted(inputs.items()))
+    (out / "text").write_text(before + options.text)
+
+
+WRITE = Stage("test.write", write)
+TOOLED = Stage("test.tooled", write, tools=("click",))
