@@ -7,6 +7,7 @@ They are not listed in the manifest and not part of the artifact's identity; eac
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,14 +45,14 @@ def statement(predicate_type: str, artifact_id: str, predicate: Mapping[str, Any
 
 
 def write_attestation(artifact: Path, name: str, statement: Mapping[str, Any]) -> Path:
-    """Write `.attest/<name>.json`, whole or not at all. Returns its path. Raises OSError."""
+    """Write `.attest/<name>.json`, whole or not at all; a number that is not finite becomes null. Raises OSError."""
     folder = artifact / paths.ATTESTATIONS
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(statement, stream, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+            json.dump(_finite(statement), stream, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -60,6 +61,15 @@ def write_attestation(artifact: Path, name: str, statement: Mapping[str, Any]) -
         temporary.unlink(missing_ok=True)
     sync_names(folder)
     return path
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value in which NaN and infinities, which JSON cannot carry, are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_attestation(artifact: Path, name: str, artifact_id: str) -> dict[str, Any] | None:
