@@ -43,7 +43,7 @@ def manifest_facts(
     options = recipe.targets[name]
     engine = json.loads((results[keys["engine"]].out / "engine.json").read_bytes())
     said = load(options.runtime).facts(engine, options, hardware)
-    steps = [step for step in plan.chain(keys["engine"])]
+    steps = list(plan.chain(keys["engine"]))
     resolved = _recipe(job, name)
     sources = tuple(_source(role, source, job) for role, source in _sources(job))
     build_key = sha256_of({"recipe": freeze(resolved), "engine": keys["engine"], "golden": keys.get("golden", "")})

@@ -24,31 +24,26 @@ from pipeline.plan import Status, status
 from pipeline.run.local import Event, Runner
 from pipeline.store import Entry, Store, open_store
 
+FOLDER = click.Path(path_type=Path)
+FORMAT = click.Choice(["text", "json"])
+
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field, e.g. targets.cpu.precision=int8."
-)
+@click.argument("recipe", type=FOLDER)
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
 @click.option("--target", "only", multiple=True, metavar="NAME", help="Build only this target (may be repeated).")
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would run and why; run nothing.")
 @click.option("--detailed-exitcode", is_flag=True, help="With --plan: 0 nothing to do, 2 work to do, 1 error.")
 @click.option("--locked", is_flag=True, help="Fail if a source differs from the recipe's lock file.")
 @click.option("--offline", is_flag=True, help="Use no network; sources must be local or fetched before.")
 @click.option("--update", is_flag=True, help="Ask the hub again which commit a branch or tag means.")
-@click.option(
-    "--cache", "root", type=click.Path(path_type=Path), help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where artifacts go."
-)
+@click.option("--cache", "root", type=FOLDER, help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache/enginewright.")
+@click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
 @click.option("--jobs", "-j", type=click.IntRange(1), default=1, show_default=True, help="Steps that run side by side.")
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", help="json: one document on stdout."
-)
+@click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the gates as a JUnit XML file.")
+@click.option("--junit", type=FOLDER, help="Write the gates as a JUnit XML file.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 def build(
     recipe: Path,

@@ -69,7 +69,7 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
         if gates.overall(unquantized) is Outcome.FAILED:
             failed = "\n".join(gates.explain(v) for v in unquantized if v.outcome is Outcome.FAILED)
             raise StageError(
-                f"{name}: the engine differs from the checkpoint before any quantization, so the export is wrong:\n{failed}",
+                f"{name}: the engine differs from the checkpoint before any quantization, by the export:\n{failed}",
                 hint="try another exporter (targets.<name>.exporter), and please report it",
             )
     outcome = gates.overall(verdicts)
@@ -110,15 +110,17 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
             megabytes(each.size_bytes),
             *(_number(each.metrics.get(metric)) for metric in shown),
             f"{sum(v.passed for v in each.verdicts)}/{len(each.verdicts)} {each.outcome}",
-            f"{made[each.target].path}{'' if made[each.target].changed else ' (unchanged)'}"
-            if each.target in made
-            else "-",
+            _place(made.get(each.target)),
         )
         for each in judged
     ]
     lines = [table(("TARGET", "PRECISION", "SIZE", *(m.upper() for m in shown), "GATES", "ARTIFACT"), rows)]
     lines += [f"{name}  {each.artifact_id}" for name, each in made.items()]
     return "\n".join(lines)
+
+
+def _place(assembled: Assembled | None) -> str:
+    return "-" if assembled is None else f"{assembled.path}{'' if assembled.changed else ' (unchanged)'}"
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Toolchains: interpreters by name, each with its own locked requirements, for packages that do not install together."""
+"""Toolchains: interpreters by name, each with its own locked requirements: not all packages install together."""
 
 from __future__ import annotations
 
