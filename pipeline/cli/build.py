@@ -14,11 +14,12 @@ import click
 from pipeline import __version__
 from pipeline.artifact import attest, facts
 from pipeline.artifact.package import Assembled, assemble
-from pipeline.cli import outcome
+from pipeline.cli import outcome, preflight
 from pipeline.cli.console import listening, megabytes, opened, table
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.errors import GateError
+from pipeline.hardware import probe
 from pipeline.parity import gates
 from pipeline.plan import Status, status
 from pipeline.run.local import Event, Runner
@@ -84,6 +85,8 @@ def build(
     costs: dict[str, Event] = {}
     with opened(events) as stream:
         missing = [state.step.label for state in states if not state.hit]
+        if missing:
+            preflight.check(prepared, store, probe())
         results = _run(prepared, store, missing, costs, stream, jobs, quiet or form == "json")
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)

@@ -1,0 +1,61 @@
+"""Will it fit? Disk and memory that a build needs, held against what the host has, before anything runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cli.console import megabytes
+from pipeline.cli.prepare import Prepared
+from pipeline.errors import EnginewrightError, StageError, UnavailableError
+from pipeline.hardware import Hardware
+from pipeline.store import Store
+
+REFERENCE_COPIES = 1.6
+"""Peak memory of the fp32 reference in torch, as a multiple of the fp32 weights."""
+SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.28, "fp8": 0.28, "int4": 0.17}
+"""Size of an engine as a share of the fp32 weights, scales included."""
+
+
+def need(prepared: Prepared) -> tuple[int, int]:
+    """Rough need of disk and memory, bytes: the checkpoint, every engine, and the fp32 reference in memory."""
+    weights = sum(file.size for file in prepared.job.sources.model.files)
+    config = prepared.job.config
+    stored = 2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4
+    fp32 = weights * 4 // stored
+    precisions = [str(getattr(target, "precision", "")) for target in prepared.recipe.targets.values()]
+    shares = sum(SHARES.get(precision, stored / 4) for precision in precisions)
+    # A quantized engine is held against an unquantized one first.
+    shares += any(precision in ("int8", "int4") for precision in precisions) and "fp32" not in precisions
+    return weights + int(fp32 * shares), int(fp32 * REFERENCE_COPIES)
+
+
+def free(path: Path) -> int:
+    """Free bytes on the disk of a path that may not exist yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def problems(prepared: Prepared, store: Store, host: Hardware) -> Iterator[EnginewrightError]:
+    """What does not fit."""
+    disk, memory = need(prepared)
+    if free(store.root) < disk:
+        yield StageError(
+            f"no space: {megabytes(free(store.root))} free on the disk of {store.root}, "
+            f"the build needs about {megabytes(disk)}",
+            hint="free some space (`enginewright cache gc`), or give another place with --cache DIR",
+        )
+    if host.memory_bytes and host.memory_bytes < memory:
+        yield UnavailableError(
+            f"this host has {megabytes(host.memory_bytes)} of memory, "
+            f"the fp32 reference of this model needs about {megabytes(memory)}",
+            hint="build on a machine with more memory; the result is the same",
+        )
+
+
+def check(prepared: Prepared, store: Store, host: Hardware) -> None:
+    """Raise the first of `problems`."""
+    for problem in problems(prepared, store, host):
+        raise problem
