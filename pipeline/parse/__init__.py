@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe, TargetOptions
 
 TARGET_NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
 HUB = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?")
-PACKAGE = re.compile(r"package://\w+(/[\w.-]+)*")
+PACKAGE = re.compile(r"package://[A-Za-z_]\w*(/[\w./-]+)?")
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
 OptionsOf = Callable[[str], type | None]

@@ -21,13 +21,14 @@ MAX_NODES = 200_000
 
 LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 NOT_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # The C parser is 20 times faster. The Base loaders resolve no types: the recipe's own types say what a scalar is.
 Loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 HELP = {
     "mapping values are not allowed": "put text that contains ': ' in quotes, or check the indentation",
+    "tab character": "indent with spaces, not tabs",
     "cannot start any token": "indent with spaces, not tabs; put text that starts with @ ` or % in quotes",
     "could not find expected ':'": "a field is written `name: value`",
     "did not find expected key": "check the indentation against the lines above",
@@ -213,9 +214,9 @@ def _syntax_problem(error: yaml.YAMLError, source: Source, shift: int) -> Proble
     help_ = next((text for part, text in HELP.items() if part in said), "")
     # An error at the end of the text is shown at its last line that has one.
     line = min(mark.line if mark else 0, len(source.lines) - 1)
-    column = mark.column if mark and mark.line == line else len(source.lines[line])
+    column = mark.column + (0 if line else shift) if mark and mark.line == line else len(source.lines[line])
     while line > 0 and not source.lines[line].strip():
         line -= 1
         column = len(source.lines[line])
     message = f"not YAML: {said}" + (f" ({context})" if context else "")
-    return Problem(Place(source, line, column + (0 if line else shift)), message, help_)
+    return Problem(Place(source, line, column), message, help_)

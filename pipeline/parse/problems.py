@@ -63,7 +63,11 @@ class UnreadableError(Exception):
 
 
 def error_of(name: str, problems: Sequence[Problem]) -> RecipeError:
-    """All problems as one error, in the order in which the recipe is read, overrides last."""
+    """All problems as one error, in the order in which the recipe is read, overrides last.
+
+    What an alias repeats in several sections is one problem to mend: it is said once.
+    """
+    problems = list({(problem.place, problem.help): problem for problem in reversed(problems)}.values())[::-1]
     ordered = sorted(problems, key=lambda p: (p.place.source.is_override, p.place.line, p.place.column))
     blocks = [problem.render() for problem in ordered[:SHOWN]]
     if len(problems) > SHOWN:

@@ -85,15 +85,17 @@ class Reader:
             return INVALID
         options = {option.name: option for option in options_of(cls)}
         values: dict[str, Any] = {}
+        meant: set[str] = set()
         before = len(self.problems)
         for name, key, value in self._entries(node, path):
             option = options.get(name)
             if option is None:
                 self.report(key.place, f"unknown field '{_join(path, name)}'", self._meant(name, options))
+                meant.add(did_you_mean(name, options))
             else:
                 values[name] = self.read(option.type, value, _join(path, name), key.place, option.metadata)
         for option in options.values():
-            if option.required and option.name not in values:
+            if option.required and option.name not in values and option.name not in meant:
                 self.report(where, f"missing field '{_join(path, option.name)}'", _how(option))
         if len(self.problems) > before or INVALID in values.values():
             return INVALID
