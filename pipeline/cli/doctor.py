@@ -138,8 +138,8 @@ def _text(found: Mapping[str, Any]) -> str:
         lines += ["", f"{recipe['path']}: {recipe['reason']}"]
         if "steps" in recipe:
             lines.append(
-                f"  {len(recipe['targets'])} targets, {recipe['steps']} steps, about {megabytes(recipe['disk_need_bytes'])}"
-                f" of disk and {megabytes(recipe['memory_need_bytes'])} of memory"
+                f"  {len(recipe['targets'])} targets, {recipe['steps']} steps, "
+                f"about {megabytes(recipe['disk_need_bytes'])} of disk and {megabytes(recipe['memory_need_bytes'])} of memory"
             )
     return "\n".join(lines)
 
