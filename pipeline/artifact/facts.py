@@ -135,8 +135,8 @@ def _recipe(job: Job, name: str) -> dict[str, Any]:
     data = job.sources.data
     if plain["calibration"] and "calibration" in data:
         plain["calibration"]["path"] = _uri(data["calibration"])
-    if plain["parity"]["data"] and "data" in data:
-        plain["parity"]["data"]["path"] = _uri(data["data"])
+    if plain["parity"]["data"] and "parity-data" in data:
+        plain["parity"]["data"]["path"] = _uri(data["parity-data"])
     if plain["parity"]["prompts"] and "prompts" in data:
         plain["parity"]["prompts"] = _uri(data["prompts"])
     return plain

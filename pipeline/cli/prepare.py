@@ -16,7 +16,7 @@ from pipeline.pin import pin
 from pipeline.plan import Plan, plan
 from pipeline.recipe import Recipe
 from pipeline.run import toolchain
-from pipeline.stages.tasks import kind_of
+from pipeline.stages.tasks import kind_of, task_of
 from pipeline.store import Store
 from pipeline.targets import Job
 
@@ -65,7 +65,8 @@ def prepare(
     """Read, pin and plan. Raises before anything runs for whatever can be known before anything runs."""
     recipe = read(path, overrides, only)
     sources = pin(recipe, path, locked=locked, offline=offline, update=update, cache=store.root)
-    task = recipe.model.task or sources.task
+    names = [file.path for file in sources.model.files]
+    task = recipe.model.task or task_of(sources.config, names, recipe.model.source)
     job = Job(recipe=recipe, sources=sources, task=task, kind=kind_of(task), config=sources.config)
     steps, hardware = {}, {}
     for name, options in recipe.targets.items():

@@ -1,19 +1,19 @@
 """What a checkpoint does, read from its folder, and how transformers loads it.
 
-`infer_task`, `kind_of`, `check_tokenizer` and `check_weight_files` import only the standard library; `load_model`
-imports torch and transformers.
+`infer_task`, `kind_of` and `check_tokenizer` import only the standard library; `load_model` imports torch and
+transformers.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StageError
 from pipeline.recipe import TASKS
 
 KINDS = {"text-generation": "decoder", "text2text-generation": "seq2seq", "automatic-speech-recognition": "seq2seq"}
@@ -79,8 +79,13 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 def infer_task(model_dir: Path) -> str:
     """Read from the folder what the checkpoint does; RecipeError names what was found when that is not clear."""
-    config = read_config(model_dir)
-    if (model_dir / "modules.json").is_file():
+    names = ["modules.json"] if (model_dir / "modules.json").is_file() else []
+    return task_of(read_config(model_dir), names, model_dir.name)
+
+
+def task_of(config: Mapping[str, Any], names: Collection[str], where: str) -> str:
+    """The same from a parsed config.json and the names of the folder's files; `where` is what errors call it."""
+    if "modules.json" in names:
         return "feature-extraction"
     architectures = config.get("architectures") or []
     model_type = config.get("model_type", "")
@@ -96,7 +101,7 @@ def infer_task(model_dir: Path) -> str:
                 return task
     found = f"architectures {architectures!r}, model_type {model_type!r}"
     raise RecipeError(
-        f"{model_dir.name}/config.json: cannot tell the task from {found}",
+        f"{where}/config.json: cannot tell the task from {found}",
         hint=f"set model.task to one of: {', '.join(TASKS)}",
     )
 
@@ -131,52 +136,6 @@ def check_tokenizer(model_dir: Path, task: str) -> None:
         )
 
 
-def check_weight_files(model_dir: Path) -> list[Path]:
-    """The checkpoint's safetensors files, each readable to its end; RecipeError otherwise (pickle files: refused)."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise RecipeError(f"{model_dir.name}/{index.name}: {error!r}", hint="fetch the file again") from None
-    else:
-        names = sorted(path.name for path in model_dir.glob("*.safetensors"))
-        names = ["model.safetensors"] if "model.safetensors" in names else names
-    if not names:
-        pickles = sorted(path.name for path in [*model_dir.glob("*.bin"), *model_dir.glob("*.pt*")])
-        if pickles:
-            raise RecipeError(
-                f"{model_dir.name}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code",
-                hint="convert them where you trust them: python -c \"from transformers import AutoModel as M; "
-                "M.from_pretrained('DIR').save_pretrained('OUT')\" with the model's own class",
-            )
-        raise RecipeError(f"{model_dir.name}: no *.safetensors file", hint="fetch the weights, too")
-    for name in names:
-        check_safetensors(model_dir / name)
-    return [model_dir / name for name in names]
-
-
-def check_safetensors(path: Path) -> None:
-    """RecipeError when the file is missing or its size is not what its header says."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 2 <= length <= size - 8 else None
-    except FileNotFoundError:
-        raise RecipeError(f"{path.parent.name}/{path.name}: missing", hint="fetch all shards of the model") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        header = None
-    if not isinstance(header, dict):
-        raise RecipeError(f"{path.parent.name}/{path.name}: not a safetensors file", hint="fetch the file again")
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise RecipeError(
-            f"{path.parent.name}/{path.name}: {size} bytes, but its header says {8 + length + end}",
-            hint="the file is truncated or damaged; fetch it again",
-        )
-
-
 @contextmanager
 def _hidden(*packages: str) -> Iterator[None]:
     """Let transformers see optional packages as absent: scipy and sklearn cost 0.45 CPU s and are not used here."""
@@ -192,12 +151,14 @@ def _hidden(*packages: str) -> Iterator[None]:
 def load_model(model_dir: Path, task: str, trust_remote_code: bool = False) -> Any:
     """The checkpoint as a torch module: fp32, CPU, eval mode, gradients off. Offline, safetensors only.
 
-    RecipeError when a file is missing or damaged, the tokenizer does not match, the model type is unknown to the
-    installed transformers, the checkpoint lacks weights that the task needs, or a weight is not finite.
+    RecipeError when the tokenizer does not match, the model type is unknown to the installed transformers, or the
+    checkpoint lacks weights that the task needs; StageError when a file is truncated or a weight is not finite.
     """
+    from pipeline.stages.checkpoint import Checkpoint
+
     kind_of(task)
     check_tokenizer(model_dir, task)
-    check_weight_files(model_dir)
+    Checkpoint(model_dir)  # refuses pickles, missing shards and truncated files by name
     config = read_config(model_dir)
     name = AUTO_CLASSES[task]
     if task == "feature-extraction" and config.get("is_encoder_decoder"):
@@ -229,7 +190,10 @@ def load_model(model_dir: Path, task: str, trust_remote_code: bool = False) -> A
     model.eval().requires_grad_(False)
     for parameter, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
-            raise RecipeError(f"{model_dir.name}: weight {parameter} has NaN or infinite values", hint="fetch it again")
+            raise StageError(
+                f"{model_dir.name}: weight '{parameter}' has NaN or infinite values",
+                hint="the checkpoint is damaged or training diverged; download it again or use an earlier one",
+            )
     return model
 
 

@@ -5,35 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.pin import Source
-from pipeline.stages import fetch, golden, measure, reference
+from pipeline.stages import golden, measure, reference
 from pipeline.step import Step
 from pipeline.targets import Job
 
 
 def fetch_model(job: Job) -> Step:
     """`model`: the checkpoint's files."""
-    return _fetch("model", job.sources.model)
+    return job.sources.step("model")
 
 
 def fetch_data(job: Job, role: str) -> tuple[Step, ...]:
-    """`calibration`, `data` or `prompts`: one file, or no step when the recipe names none."""
-    source = job.sources.data.get(role)
-    return (_fetch(role, source),) if source else ()
-
-
-def _fetch(name: str, source: Source) -> Step:
-    options = fetch.FetchOptions(
-        uri=source.uri, revision=source.revision, files=source.files, location=str(source.location or "")
-    )
-    return Step(name, fetch.STAGE, options, {})
+    """`calibration`, `parity-data` or `prompts`: one file, or no step when the recipe names none."""
+    return (job.sources.step(role),) if role in job.sources.data else ()
 
 
 def reference_steps(job: Job) -> tuple[Step, ...]:
     """`reference`: the checkpoint in torch, fp32, on the parity data; with the steps that fetch these."""
     parity = job.recipe.parity
-    data = (*fetch_data(job, "data"), *fetch_data(job, "prompts"))
-    needs = {"model": "model", **{step.name: step.name for step in data}}
+    data = (*fetch_data(job, "parity-data"), *fetch_data(job, "prompts"))
+    needs = {"model": "model", **{step.name.removeprefix("parity-"): step.name for step in data}}
     options = reference.ReferenceOptions(
         task=job.task,
         samples=parity.data.samples if parity.data else 8,
