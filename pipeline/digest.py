@@ -129,18 +129,22 @@ class StatCache:
                     check, _, text = line.strip().partition(b" ")
                     if int(check, 16) == zlib.crc32(text):
                         path, *facts = json.loads(text)
-                        self._known[path] = facts
+                        self._known[path] = facts  # none: forgotten
         if lines > max(self.COMPACT_AT, 4 * len(self._known)):
             self._rewrite()
 
-    def get(self, path: Path) -> str | None:
-        """The digest of `path`, if it is the file that was hashed. Raises OSError when the file cannot be looked at."""
+    def get(self, path: Path, *, strict: bool = False) -> str | None:
+        """The digest of `path`, if it is the file that was hashed. Raises OSError when the file cannot be looked at.
+
+        Making or removing another link to a file moves its ctime, so of a linked file it says nothing; `strict` wants
+        it unmoved all the same.
+        """
         real = os.path.realpath(path)
         known = self._known.get(real)
-        if known is None:
+        if not known:
             return None
         now, then = _facts(real), known[:-1]
-        if now[-1] > 1 or then[-1] > 1:
+        if not strict and (now[-1] > 1 or then[-1] > 1):
             now, then = now[:-2], then[:-2]
         return str(known[-1]) if now == then else None
 
@@ -148,17 +152,12 @@ class StatCache:
         """Remember `digest` as that of `path` as it is now."""
         real = os.path.realpath(path)
         facts = _facts(real)
-        if time.time() - facts[1] / 1e9 < self.SETTLED_S:
-            return
-        self._known[real] = [*facts, digest]
-        with contextlib.suppress(OSError, ValueError):  # a name that is not Unicode is hashed every time
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                # One write a line: lines of two processes do not mix. The leading newline ends a torn one.
-                os.write(descriptor, b"\n" + _line(real, self._known[real]))
-            finally:
-                os.close(descriptor)
+        if time.time() - facts[1] / 1e9 >= self.SETTLED_S:
+            self._write(real, [*facts, digest])
+
+    def forget(self, path: Path) -> None:
+        """Have the file read again next time."""
+        self._write(os.path.realpath(path), [])
 
     def sha256(self, path: Path) -> str:
         """The digest of `path`, read only if it is not known. Raises OSError."""
@@ -172,6 +171,17 @@ class StatCache:
             if _facts(os.path.realpath(path))[:4] == before[:4]:
                 self.put(path, digest)
         return digest
+
+    def _write(self, real: str, facts: list[Any]) -> None:
+        self._known[real] = facts
+        with contextlib.suppress(OSError, ValueError):  # a name that is not Unicode is hashed every time
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                # One write a line: lines of two processes do not mix. The leading newline ends a torn one.
+                os.write(descriptor, b"\n" + _line(real, facts))
+            finally:
+                os.close(descriptor)
 
     def _rewrite(self) -> None:
         with contextlib.suppress(OSError, ValueError):
