@@ -16,7 +16,9 @@ _TIME = re.compile(r"\b\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}")
 _URI = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://")
 _GRAPH_NAMES = re.compile(r"node|tensor|layer|module|initializer|op_?name")
 """Fields that hold names of a graph: exporters write them as `/model/layers.0/mlp/MatMul`, which is no path."""
-_GIVEN = re.compile(r"\$\.(files\[\d+\]\.(path|media_type)|sources\[\d+\]\.files\[\d+\]\.path|interface\.)")
+_GIVEN = re.compile(
+    r"\$\.(files\[\d+\]\.(path|media_type)|sources\[\d+\]\.files\[\d+\]\.path|stages\[\d+\]\.outputs|runtime\.entry|interface\.)"
+)
 """Places filled by the engine's and the model's own file and tensor names."""
 
 
@@ -34,7 +36,9 @@ def check_clean(manifest: Any, *, home: Path | None = None, user: str | None = N
     for where, text in _texts(manifest, "$"):
         if in_home and in_home.search(text):
             problems.append(f"{where}: {text!r:.200} holds the home directory")
-        elif _names_a_path(where, text):
+        elif _graph_name(where):
+            continue
+        elif _PATH_AT_START.match(text) or _PATH_INSIDE.search(text):
             problems.append(f"{where}: {text!r:.200} holds an absolute path")
         elif who and who.search(text) and not _URI.match(text) and not _GIVEN.match(where):
             problems.append(f"{where}: {text!r:.200} holds the user's name")
@@ -56,10 +60,8 @@ def _login() -> str:
         return ""
 
 
-def _names_a_path(where: str, text: str) -> bool:
-    if _GRAPH_NAMES.search(where.rpartition(".")[2]) or where.startswith("$.interface."):
-        return False
-    return bool(_PATH_AT_START.match(text) or _PATH_INSIDE.search(text))
+def _graph_name(where: str) -> bool:
+    return bool(_GRAPH_NAMES.search(where.rpartition(".")[2])) or where.startswith("$.interface.")
 
 
 def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
