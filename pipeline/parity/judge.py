@@ -1,0 +1,282 @@
+"""Hold an engine against stored reference outputs: every forward pass, padding, and the greedy continuations.
+
+Legend: B batch, T tokens, V vocabulary. Forward passes run sample by sample without padding, as the reference did; the
+check of padding then runs samples of unequal length together. Prompts are continued together, in one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.engine import Array, Engine, Sampling
+from pipeline.errors import EnginewrightError, StageError
+from pipeline.parity import divergence, similarity
+from pipeline.parity.stored import Stored
+from pipeline.step import Progress, silent
+
+JUDGED = (("sentence_embedding",), ("start_logits", "end_logits"), ("logits",), ("last_hidden_state",))
+"""Which outputs of an encoder its metrics are about: the first of these that the engine gives."""
+
+_PADDED_LENGTH = 64  # tokens of the longest sample in the check of padding
+_DECODE_CHECKED = 2  # prompts whose decode path is compared with a forward pass
+_CONTEXT = 12  # tokens that `worst` shows
+
+
+@dataclass
+class Judgement:
+    """What was measured."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """May hold NaN and infinity; `finite` makes them fit for JSON."""
+    worst: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By kind of fault: where, with the value and the token ids around it."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a sample."""
+    outputs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Encoders: output name -> metrics, of every output that both sides have."""
+    kld: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Language models: KL divergence of every scored position, in nats."""
+
+
+def judge(
+    stored: Stored,
+    engine: Engine,
+    batch: int = 4,
+    accepts: Collection[str] | None = None,
+    progress: Progress = silent,
+) -> Judgement:
+    """Measure an engine. `batch` samples run together in the check of padding.
+
+    `accepts` names the inputs that the engine takes (its interface); None passes all that are stored. Raises
+    StageError when the engine fails, or when its outputs do not have the reference's names and shapes.
+    """
+    run = _Runner(engine, None if stored.kind == "decoder" else accepts)
+    if stored.kind == "encoder":
+        found = _judge_encoder(stored, run, progress)
+    else:
+        found = _judge_logits(stored, run, progress)
+        _judge_greedy(stored, engine, run, found)
+    found.metrics["padding_max_abs"] = _padding(stored, run, max(2, batch))
+    return found
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The same numbers with None for NaN and infinity, which JSON cannot say and no gate lets pass."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+@dataclass
+class _Runner:
+    """Engine.run with the inputs chosen and the failures named."""
+
+    engine: Engine
+    accepts: Collection[str] | None
+
+    def __call__(self, inputs: Mapping[str, Array], where: str) -> Mapping[str, Array]:
+        if self.accepts is not None:
+            missing = sorted(set(self.accepts) - set(inputs))
+            if missing:
+                raise StageError(
+                    f"the engine takes the input '{missing[0]}', and the reference has {', '.join(inputs)}",
+                    hint="the export and the reference disagree on the model's inputs: report it",
+                )
+            inputs = {name: inputs[name] for name in inputs if name in self.accepts}
+        return _guarded(lambda: self.engine.run(inputs), where)
+
+
+def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement:
+    out, scores = Judgement(), []
+    tokens = "decoder_input_ids" if stored.kind == "seq2seq" else "input_ids"
+    for index in range(stored.samples):
+        progress(index, stored.samples, "samples")
+        inputs = stored.inputs(index)
+        first, reference = stored.output("logits", index)
+        ids = inputs[tokens][0]
+        got = _same_shape(_output(run(inputs, f"sample {index}"), "logits"), (len(ids), reference.shape[1]), "logits")
+        mask = inputs["attention_mask"][0] if stored.kind == "decoder" else np.ones_like(ids)
+        score = divergence.score(reference, got[first : first + len(reference)], ids, mask, first)
+        scores.append(score)
+        own = divergence.summarise([score])
+        shown = ("kld_mean", "kld_max", "top1", "perplexity")
+        out.samples.append({"sample": index, **finite({name: own[name] for name in shown if name in own})})
+        if score.nonfinite:
+            _keep_worst(out.worst, "nonfinite", score.nonfinite, sample=index)
+        elif len(score.kld):
+            at = int(score.positions[score.kld.argmax()])
+            shown_ids = ids[max(0, at - _CONTEXT + 1) : at + 1].tolist()
+            _keep_worst(out.worst, "kld", float(score.kld.max()), sample=index, position=at, token_ids=shown_ids)
+    out.metrics = divergence.summarise(scores)
+    out.kld = np.concatenate([score.kld for score in scores])
+    progress(stored.samples, stored.samples, "samples")
+    return out
+
+
+def _judge_greedy(stored: Stored, engine: Engine, run: _Runner, out: Judgement) -> None:
+    greedy = stored.greedy()
+    if greedy is None or not greedy.tokens:
+        return
+    prompts: list[Any]
+    if greedy.prompts is not None:
+        prompts = greedy.prompts
+    else:
+        # A prompt that is not text is the array itself, without the batch axis.
+        name = next(name for name in stored.info["inputs"] if name != "decoder_input_ids")
+        prompts = [stored.inputs(index)[name][0] for index in range(len(greedy.tokens))]
+    eos = tuple(int(token) for token in stored.info["eos_token_ids"])
+    sampling = Sampling(max_new_tokens=greedy.new_tokens, eos_token_ids=eos)
+    answers: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    for token in _guarded(lambda: list(engine.generate(prompts, sampling)), "the greedy continuations"):
+        answers[token.prompt].append(int(token.token_id))
+        logprobs[token.prompt].append(float(token.logprob))
+    out.metrics.update(divergence.greedy(greedy.tokens, answers))
+    for index, (expected, answer) in enumerate(zip(greedy.tokens, answers, strict=True)):
+        prefix = divergence.equal_prefix(expected, answer)
+        if answer != expected:
+            _keep_worst(out.worst, "greedy", -prefix, prompt=index, prefix=prefix, reference=expected, engine=answer)
+    if "greedy" in out.worst:
+        out.worst["greedy"]["value"] = out.worst["greedy"]["prefix"]
+    if stored.kind == "decoder":
+        checked = range(min(_DECODE_CHECKED, len(prompts)))
+        gaps = [_decode_gap(run, prompts[index], answers[index], logprobs[index]) for index in checked]
+        out.metrics["decode_max_abs"] = float(np.max(gaps))
+
+
+def _decode_gap(run: _Runner, prompt: list[int], answer: list[int], logprobs: list[float]) -> float:
+    """How far the log-probabilities of the decode path are from those of one forward pass over the same tokens."""
+    ids = np.array([[*prompt, *answer]], np.int64)
+    logits = _output(run({"input_ids": ids, "attention_mask": np.ones_like(ids)}, "a continuation"), "logits")[0]
+    rows = np.asarray(logits[len(prompt) - 1 : -1], np.float64)
+    with np.errstate(all="ignore"):
+        expected = divergence.log_softmax(rows)[np.arange(len(answer)), answer]
+    return float(np.max(np.abs(expected - np.array(logprobs)), initial=0.0))
+
+
+def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgement:
+    out = Judgement()
+    rows: dict[str, list[similarity.Rows]] = {}
+    embeddings: tuple[list[Array], list[Array]] = [], []
+    judged: tuple[str, ...] = ()
+    for index in range(stored.samples):
+        progress(index, stored.samples, "samples")
+        inputs = stored.inputs(index)
+        got = run(inputs, f"sample {index}")
+        judged = judged or _judged(stored, got)
+        for name in stored.outputs:
+            if name not in got:
+                continue
+            first, reference = stored.output(name, index)
+            length = stored.length(name, index)
+            shape = reference.shape if length is None else (length, *reference.shape[1:])
+            whole = _same_shape(_output(got, name), shape, name)
+            candidate = whole[first : first + len(reference)] if length is not None else whole
+            rows.setdefault(name, []).append(similarity.compare(reference, candidate))
+            if stored.task == "feature-extraction" and name == judged[0]:
+                for side, array in zip(embeddings, (reference, candidate), strict=True):
+                    side.append(array if array.ndim == 1 else array.mean(axis=0))
+        own = [rows[name][-1] for name in judged]
+        values = similarity.summarise(own)
+        shown = {name: values[name] for name in ("cosine_min", "max_abs_error", "top1") if name in values}
+        out.samples.append({"sample": index, **finite(shown)})
+        for name, part in zip(judged, own, strict=True):
+            if part.nonfinite:
+                _keep_worst(out.worst, "nonfinite", part.nonfinite, sample=index, output=name)
+            else:
+                at = int(part.cosine.argmin())
+                ids = {"token_ids": inputs["input_ids"][0][:_CONTEXT].tolist()} if "input_ids" in inputs else {}
+                _keep_worst(out.worst, "cosine", 1 - float(part.cosine[at]), sample=index, output=name, row=at, **ids)
+    if "cosine" in out.worst:
+        out.worst["cosine"]["value"] = 1 - out.worst["cosine"]["value"]
+    out.outputs = {name: similarity.summarise(parts) for name, parts in rows.items()}
+    out.metrics = similarity.summarise([part for name in judged for part in rows[name]])
+    # A broken output fails the engine even where another one is judged.
+    out.metrics["nonfinite"] = sum(values["nonfinite"] for values in out.outputs.values())
+    if embeddings[0]:
+        correlation = similarity.spearman(np.stack(embeddings[0]), np.stack(embeddings[1]))
+        if correlation is not None:
+            out.metrics["spearman"] = correlation
+    progress(stored.samples, stored.samples, "samples")
+    return out
+
+
+def _padding(stored: Stored, run: _Runner, batch: int) -> float:
+    """The largest difference between samples that run together, padded, and each alone."""
+    alone, together = [], {}
+    if stored.kind == "decoder":
+        longest = min(_PADDED_LENGTH, max(stored.length("input_ids", i) or 0 for i in range(stored.samples)))
+        ids, mask = np.zeros((batch, longest), np.int64), np.zeros((batch, longest), np.int64)
+        for row in range(batch):
+            sample = stored.inputs(row % stored.samples)["input_ids"][:, : max(1, longest * (batch - row) // batch)]
+            ids[row, longest - sample.shape[1] :], mask[row, longest - sample.shape[1] :] = sample, 1
+            alone.append({"input_ids": sample, "attention_mask": np.ones_like(sample)})
+        together = {"input_ids": ids, "attention_mask": mask}
+    else:
+        alone = [stored.inputs(row % stored.samples) for row in range(batch)]
+        for name in alone[0]:
+            longest = max(sample[name].shape[1] for sample in alone)
+            rest = alone[0][name].shape[2:]
+            together[name] = np.zeros((batch, longest, *rest), alone[0][name].dtype)
+            for row, sample in enumerate(alone):
+                together[name][row, : sample[name].shape[1]] = sample[name][0]
+    got = run(together, f"{batch} samples together")
+    names = [name for name in stored.outputs if name in got]
+    largest = 0.0
+    for row, sample in enumerate(alone):
+        single = run(sample, "a sample alone")
+        for name in names:
+            whole, part = np.asarray(got[name][row], np.float64), np.asarray(single[name][0], np.float64)
+            if stored.length(name, 0) is not None:
+                whole = whole[-len(part) :] if stored.kind == "decoder" else whole[: len(part)]
+            _same_shape(whole[None], part.shape, name)
+            with np.errstate(all="ignore"):
+                gap = np.where(whole == part, 0.0, np.abs(whole - part))
+            largest = float(np.maximum(largest, gap.max(initial=0.0)))  # NaN stays NaN
+    return largest
+
+
+def _judged(stored: Stored, got: Mapping[str, Array]) -> tuple[str, ...]:
+    for names in JUDGED:
+        if all(name in stored.outputs and name in got for name in names):
+            return names
+    raise StageError(
+        f"the engine gives {', '.join(got) or 'nothing'}, and the reference {', '.join(stored.outputs)}",
+        hint="the export and the reference disagree on the task: set the model's task in the recipe",
+    )
+
+
+def _output(outputs: Mapping[str, Array], name: str) -> Array:
+    """One output of a batch of one, [1, ...], in a type that numpy computes with."""
+    if name not in outputs:
+        raise StageError(f"the engine gives {', '.join(outputs) or 'nothing'}, not '{name}'", hint="report it")
+    return np.asarray(outputs[name])
+
+
+def _same_shape(batch: Array, shape: tuple[int, ...], name: str) -> Array:
+    """The one sample of a batch [1, ...]; StageError when it does not have the reference's shape."""
+    if batch.shape != (1, *shape):
+        raise StageError(
+            f"the engine's '{name}' has shape {list(batch.shape)}, and the reference's {[1, *shape]}",
+            hint="the export changed the model's outputs: report it",
+        )
+    result: Array = batch[0]
+    return result
+
+
+def _keep_worst(worst: dict[str, dict[str, Any]], kind: str, value: float, **where: Any) -> None:
+    if kind not in worst or value > worst[kind]["value"]:
+        worst[kind] = {**where, "value": value}
+
+
+def _guarded(call: Callable[[], Any], where: str) -> Any:
+    try:
+        return call()
+    except EnginewrightError:
+        raise
+    except Exception as error:  # each runtime fails in its own way
+        raise StageError(f"the engine failed on {where}: {error}", hint="see the step's log") from error
