@@ -46,9 +46,9 @@ def load_recipe(
         root = document.read(source, text)
     except UnreadableError as stop:
         raise error_of(str(path), [stop.problem]) from None
-    for each in overrides:
+    for order, each in enumerate(overrides, 1):
         try:
-            root = override.apply(root, each)
+            root = override.apply(root, each, order)
         except UnreadableError as stop:
             reader.problems.append(stop.problem)
     if root is None:
@@ -95,6 +95,10 @@ class _Reading:
         if not isinstance(runtime, Scalar) or runtime.is_null:
             help_ = f"write `runtime:` and one of {', '.join(self.runtimes)}"
             message = f"missing field '{path}.runtime'" if runtime is None else f"'{path}.runtime' must be a name"
+            for key, _ in node.entries:
+                if isinstance(key, Scalar) and runtime is None and did_you_mean(key.text, ["runtime"]):
+                    where, message = key.place, f"unknown field '{path}.{key.text}'"
+                    help_ = "did you mean 'runtime'?"
             return self.reader.report(where, message, help_)
         name = runtime.text
         if name not in self.runtimes:

@@ -210,7 +210,9 @@ def _is_merge(key: Node) -> bool:
 def _syntax_problem(error: yaml.YAMLError, source: Source, shift: int) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     said = str(getattr(error, "problem", None) or error).splitlines()[0]
-    context = getattr(error, "context", None)
+    context, opened = getattr(error, "context", None), getattr(error, "context_mark", None)
+    if context and opened and not source.order and opened.line != (mark.line if mark else 0):
+        context += f" that starts on line {opened.line + 1}"
     help_ = next((text for part, text in HELP.items() if part in said), "")
     # An error at the end of the text is shown at its last line that has one.
     line = min(mark.line if mark else 0, len(source.lines) - 1)

@@ -9,14 +9,14 @@ from pipeline.parse.problems import Place, Problem, Source, UnreadableError
 PREFIX = "--set "
 
 
-def apply(root: Node | None, override: str) -> Node:
+def apply(root: Node | None, override: str, order: int) -> Node:
     """The tree with one value set, made by copying the path to it: what an alias shares elsewhere stays as it was.
 
-    Missing mappings on the way are created. Raises UnreadableError.
+    Missing mappings on the way are created. `order` counts the overrides from 1. Raises UnreadableError.
     """
     # An argument that is not UTF-8 comes with lone surrogates; they have no place in a tree of text.
     override = override.encode("utf-8", "replace").decode("utf-8")
-    source = Source("--set", document.lines_of(PREFIX + override), is_override=True)
+    source = Source("--set", document.lines_of(PREFIX + override), order)
     path, equals, text = override.partition("=")
     if not equals:
         place = Place(source, 0, len(PREFIX), len(override))

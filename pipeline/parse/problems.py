@@ -22,7 +22,8 @@ class Source:
 
     name: str
     lines: tuple[str, ...]
-    is_override: bool = False
+    order: int = 0
+    """0 for the recipe, and from 1 for the overrides in the order in which they were given."""
 
 
 class Place(NamedTuple):
@@ -44,11 +45,11 @@ class Problem(NamedTuple):
     def render(self) -> str:
         """`file:line:column: message`, the source line, a caret, and the help beside the caret."""
         source, line, column, _ = self.place
-        at = source.name if source.is_override else f"{source.name}:{line + 1}:{column + 1}"
+        at = source.name if source.order else f"{source.name}:{line + 1}:{column + 1}"
         head = f"{at}: {self.message}"
         if line >= len(source.lines):
             return f"{head}\n    = {self.help}" if self.help else head
-        number = "" if source.is_override else str(line + 1)
+        number = "" if source.order else str(line + 1)
         text, caret = _excerpt(source.lines[line], column, self.place.width)
         help_ = f" {self.help}" if self.help else ""
         return f"{head}\n{number:>5} | {text}\n{'':>5} | {caret}{help_}"
@@ -68,7 +69,7 @@ def error_of(name: str, problems: Sequence[Problem]) -> RecipeError:
     What an alias repeats in several sections is one problem to mend: it is said once.
     """
     problems = list({(problem.place, problem.help): problem for problem in reversed(problems)}.values())[::-1]
-    ordered = sorted(problems, key=lambda p: (p.place.source.is_override, p.place.line, p.place.column))
+    ordered = sorted(problems, key=lambda p: (p.place.source.order, p.place.line, p.place.column))
     blocks = [problem.render() for problem in ordered[:SHOWN]]
     if len(problems) > SHOWN:
         blocks.append(f"... and {len(problems) - SHOWN} more")
@@ -99,7 +100,7 @@ def shown(text: str) -> str:
 def _excerpt(line: str, column: int, width: int) -> tuple[str, str]:
     """The part of a line that can be shown, and the carets that fall below it on a terminal."""
     start = max(0, column - LINE_WIDTH // 2) if len(line) > LINE_WIDTH else 0
-    text = line[start : start + LINE_WIDTH].replace("\t", " ")
+    text = "".join(char if char.isprintable() else " " for char in line[start : start + LINE_WIDTH])
     column -= start
     cells = sum(_cells(char) for char in text[:column]) + max(0, column - len(text))
     marked = sum(_cells(char) for char in text[column : column + width])

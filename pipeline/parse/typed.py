@@ -40,14 +40,18 @@ class Reader:
         self.problems.append(Problem(place, message, help_))
         return INVALID
 
-    def read(self, tp: Any, node: Node, path: str, where: Place, metadata: Metadata) -> Any:
+    def read(
+        self, tp: Any, node: Node, path: str, where: Place, metadata: Metadata, *, has_default: bool = False
+    ) -> Any:
         """A node as a value of type `tp`. `path` names it (`targets.cpu.bits`), `where` is the place of its key."""
         choices = [choice for choice in members(tp) if choice is not type(None)]
         if isinstance(node, Scalar) and node.is_null:
             if len(choices) < len(members(tp)):
                 return None
-            word = f"is {node.text}" if node.text else "is empty"
-            return self.report(where, f"'{path}' {word}", f"write {describe(tp)}, or remove the line for the default")
+            default = ", or remove the line for the default" if has_default else ""
+            return self.report(
+                where, f"'{path}' is {'null' if node.text else 'empty'}", f"write {describe(tp)}{default}"
+            )
         tp = choices[0] if len(choices) == 1 else self._choose(choices, node)
         if tp is None:
             wanted = " or ".join(describe(choice) for choice in choices)
@@ -93,7 +97,9 @@ class Reader:
                 self.report(key.place, f"unknown field '{_join(path, name)}'", self._meant(name, options))
                 meant.add(did_you_mean(name, options))
             else:
-                values[name] = self.read(option.type, value, _join(path, name), key.place, option.metadata)
+                values[name] = self.read(
+                    option.type, value, _join(path, name), key.place, option.metadata, has_default=not option.required
+                )
         for option in options.values():
             if option.required and option.name not in values and option.name not in meant:
                 self.report(where, f"missing field '{_join(path, option.name)}'", _how(option))
@@ -158,13 +164,12 @@ class Reader:
         value = scalar(tp, node)
         if value is not INVALID:
             return value
-        if get_origin(tp) is Literal:
+        help_ = ""
+        if not node.plain and scalar(tp, Scalar(node.place, node.text)) is not INVALID:
+            help_ = "remove the quotes"
+        elif get_origin(tp) is Literal:
             choices = [_spelled(choice) for choice in get_args(tp)]
             return self.report(node.place, f"'{path}' cannot be {shown(node.text)}", suggest(node.text, choices))
-        help_ = ""
-        bare = Scalar(node.place, node.text)
-        if not node.plain and scalar(tp, bare) is not INVALID:
-            help_ = "remove the quotes"
         elif tp is bool and node.text.lower() in ("yes", "on", "true", "1"):
             help_ = "did you mean 'true'?"
         elif tp is bool and node.text.lower() in ("no", "off", "false", "0"):
@@ -173,19 +178,21 @@ class Reader:
             help_ = f"write at most {LARGEST}" if INTEGER.fullmatch(node.text) else "write it without '_'"
         elif tp in (int, float) and re.fullmatch("0[0-9]+|0[xo][0-9a-fA-F]+", node.text):
             help_ = "write it in decimal, without a leading zero"
+        elif tp is float and (NUMBER.fullmatch(node.text) or node.text.lstrip("+-.").lower() in ("inf", "nan")):
+            help_ = "write a finite number"
         return self.report(node.place, f"'{path}' must be {describe(tp)}, not {shown(node.text)}", help_)
 
     def _checked(self, value: Any, node: Scalar, path: str, metadata: Metadata) -> Any:
         """What the field's declaration asks beyond its type: bounds, pattern, a file that exists."""
         if value is INVALID:
             return value
-        unit = f" {metadata['unit']}" if metadata.get("unit") else ""
+        unit = f"in {metadata['unit']}" if metadata.get("unit") else ""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = metadata.get("ge"), metadata.get("le")
             if low is not None and value < low:
-                return self.report(node.place, f"'{path}' must be at least {low}{unit}, not {node.text}")
+                return self.report(node.place, f"'{path}' must be at least {low}, not {node.text}", unit)
             if high is not None and value > high:
-                return self.report(node.place, f"'{path}' must be at most {high}{unit}, not {node.text}")
+                return self.report(node.place, f"'{path}' must be at most {high}, not {node.text}", unit)
         if isinstance(value, str):
             pattern = metadata.get("pattern")
             if pattern and not re.fullmatch(pattern, value):
@@ -198,6 +205,8 @@ class Reader:
 
     def _file(self, value: str, node: Scalar, path: str) -> Any:
         place = resolve_in(self.folder, value)
+        if not value:
+            return self.report(node.place, f"'{path}' is empty", "write the path of a file")
         if is_file(place):
             return value
         if is_folder(place):
