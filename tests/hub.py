@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face hub on loopback: the parts of its HTTP API that huggingface_hub calls, with faults.
 
-`Hub` is a threading HTTP server for one repository at a time and more; `hub.commit(repo, files)` makes a commit,
-`hub.faults` switches faults on by path, `hub.requests` is what was asked. Small text files are plain git blobs, the rest is
-LFS and is served, as by the real hub, by a redirect to a second host that must never see the token.
+`hub.commit(repo, files)` makes a commit, `hub.faults` switches faults on by path, `hub.requests` is what was asked.
+Small text files are plain git blobs; the rest is LFS and is served, as by the real hub, by a redirect to a second host,
+which must never see the token.
 """
 
 from __future__ import annotations
@@ -116,8 +116,18 @@ def _info(repo: str, sha: str, files: dict[str, bytes], gated: bool) -> dict[str
         if name.endswith(LFS):
             entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         siblings.append(entry)
-    return {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": False, "gated": gated and "manual", "tags": [],
-            "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip
+    named = {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": False, "gated": gated and "manual"}
+    return {**named, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+
+
+def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    tree: list[dict[str, Any]] = []
+    for name, data in files.items():
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": git_blob(data)}
+        if name.endswith(LFS):
+            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        tree.append(entry)
+    return tree
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -148,7 +158,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self.resolve(repo, *rest.split("/", 1))
 
         def api(self, rest: str) -> None:
-            repo, _, revision = rest.partition("/revision/")
+            listed = "/tree/" in rest
+            repo, _, revision = rest.partition("/tree/" if listed else "/revision/")
             if self.faulty("api"):
                 return None
             held = self.opened(repo, files=False)
@@ -157,6 +168,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             sha = self.sha(held, revision or "main")
             if sha is None:
                 return None
+            if listed:
+                return self.send(
+                    200, json.dumps(_tree(held.commits[sha])).encode(), {"Content-Type": "application/json"}
+                )
             body = _info(repo, sha, held.commits[sha], held.gated)
             if not parse_qs(urlsplit(self.path).query).get("blobs"):
                 body["siblings"] = [{"rfilename": s["rfilename"]} for s in body["siblings"]]
