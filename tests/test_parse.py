@@ -293,11 +293,31 @@ def test_a_recipe_that_may_not_be_read() -> None:
 
 # --- any input ---------------------------------------------------------------------------------------------------
 
-WORDS = st.sampled_from(
-    "name model source targets cpu runtime copy quantize bits 4 gates null ~ << 1e-9 true é 日 - [ ] { } , &a *a !x ? | >"
-    "# ' \" \\ %YAML --- ... @ `".split(" ")
-    + [": ", ":", "\n", "\n  ", "\n    ", "- ", ", ", "&a ", "\t", "\x85", "\u2028", "\ufeff"]
+PARTS = (
+    ": ",
+    ":",
+    "\n",
+    "\n  ",
+    "\n    ",
+    "- ",
+    ", ",
+    "&a ",
+    "*a",
+    "!x ",
+    "? ",
+    "|",
+    ">",
+    "#",
+    "[",
+    "]",
+    "{",
+    "}",
+    "'",
+    '"',
 )
+PARTS += ("\\", "%YAML", "---", "...", "@", "`", "\t", "\x85", "\u2028", "\ufeff", "é", "日", "<<", "~", "null", "1e-9")
+PARTS += ("name", "model", "source", "targets", "cpu", "runtime", "copy", "quantize", "bits", "4", "gates", "true")
+WORDS = st.sampled_from(PARTS)
 TEXTS = st.one_of(st.text(), st.lists(WORDS, max_size=40).map("".join))
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
