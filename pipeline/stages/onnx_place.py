@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.errors import RecipeError
-from pipeline.step import Progress
-from pipeline.stages.checkpoint import Tensor
-from pipeline.stages.onnx_nbits import F32, Algorithm, quantize, shapes
-from pipeline.stages.onnx_rewrite import BFLOAT16, FLOAT, FLOAT16, ExportedGraph, Linear
+from pipeline.errors import RecipeError, UnavailableError
+from pipeline.stages.checkpoint import FLOATS, Tensor
+from pipeline.stages.onnx_nbits import Algorithm, quantize, shapes
+from pipeline.stages.onnx_rewrite import FLOAT, ExportedGraph, Linear
 from pipeline.stages.onnx_sink import Sink
+from pipeline.step import Progress
+
+BITS = {"int8": 8, "int4": 4}
+_NAMES = {1: "fp32", 10: "fp16", 11: "fp64", 16: "bf16"}
+_LAYER = re.compile(r"\blayers?\.(\d+)\.")
+_SENSITIVE = re.compile(r"\.(v_proj|qkv_proj|down_proj)\b")
+_SMALLEST = 4096
+"""Products with fewer weights than this are left alone: there is nothing to gain."""
 
 _SLICE_BYTES = 1 << 20
 """Quantization works on slices of this size, so that its passes stay in the cache."""
+_COPY_BYTES = 16 << 20
 _UINT8 = 2
 
 
 class Options(Protocol):
     """The fields of WeightOptions that are read here."""
 
-    precision: str
-    group_size: int
-    symmetric: bool
-    algorithm: str
-    accuracy_level: int
-    quantize_embeddings: bool
-    quantize_head: bool
-    exclude: tuple[str, ...]
+    @property
+    def precision(self) -> str: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def accuracy_level(self) -> int: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def embeddings(self) -> str: ...
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
 
 
 class Placer:
@@ -41,17 +59,19 @@ class Placer:
         self.options = options
         self.graph = ExportedGraph(path, model)
         self.jobs: list[tuple[int, Callable[[Sink], None]]] = []
+        self.counts: dict[str, list[int]] = {}
+        self.packed: dict[tuple[str, bool, int], list[str]] = {}
 
     def write(self, path: Path, progress: Progress) -> dict[str, Any]:
-        """Write the graph and its weights. Returns facts for engine.json: effective bits, tensors by type."""
+        """Write the graph and its weights. Returns facts for engine.json: bits per weight, tensors by type."""
         import onnx
 
         graph, sink = self.graph, Sink(path)
-        graph.drop_casts()
-        self.counts: dict[str, list[int]] = {}
-        if self.options.precision in ("int8", "int4"):
+        self.widened = graph.drop_casts()
+        if self.options.precision in BITS:
             self._quantize(sink)
         graph.prune()
+        self._narrow_tables()
         self._copy(sink)
         total = sum(size for size, _ in self.jobs)
         done = 0
@@ -68,52 +88,209 @@ class Placer:
 
     def _facts(self) -> dict[str, Any]:
         weights = sum(elements for elements, _, _ in self.counts.values())
-        bits = sum(size for _, size, _ in self.counts.values())
+        size = sum(size for _, size, _ in self.counts.values())
         return {
-            "bits_per_weight": round(bits * 8 / weights, 4) if weights else 0,
+            "bits_per_weight": round(size * 8 / weights, 4),
             "tensors": {kind: count for kind, (_, _, count) in sorted(self.counts.items())},
         }
 
     def _count(self, kind: str, elements: int, size: int) -> None:
-        entry = self.counts.setdefault(kind, [0, 0, 0])
-        entry[0] += elements
-        entry[1] += size
-        entry[2] += 1
+        for index, amount in enumerate((elements, size, 1)):
+            self.counts.setdefault(kind, [0, 0, 0])[index] += amount
 
-    # what stays as it is
+    # what is not quantized
+
+    def _narrow_tables(self) -> None:
+        """Tables that are only looked up stay in the 16 bits that the checkpoint has: exact, and half the bytes."""
+        graph = self.graph
+        for name, proto in graph.initializers.items():
+            readers = graph.consumers.get(name, [])
+            if name not in self.widened or len(proto.dims) != 2:
+                continue
+            if readers and all(node.op_type == "Gather" and node.input[0] == name for node in readers):
+                self.widened.remove(name)
+                for node in readers:
+                    graph.cast_output(node, FLOAT)
 
     def _copy(self, sink: Sink) -> None:
-        """Declare every initializer that the graph still reads; floats of 16 bits become fp32."""
+        """Declare every initializer that the graph still reads."""
         graph = self.graph
         for name, proto in graph.initializers.items():
             if name not in graph.consumers and name not in graph.outputs:
                 continue
-            kind = proto.data_type
-            if not graph.is_external(name):
-                values = graph.inline_values(name)
-                sink.declare(name, tuple(proto.dims), kind)
-                self.jobs.append((values.nbytes, lambda sink, name=name, values=values: sink.write(name, values)))
-                continue
-            source = graph.source(name)
-            wide = kind in (FLOAT16, BFLOAT16)
-            sink.declare(name, source.shape, FLOAT if wide else kind)
-            self.jobs.append((source.length, lambda sink, source=source: _stream(sink, source)))
+            source, wide = graph.source(name), name in self.widened
+            size = sink.declare(name, source.shape, FLOAT if wide else proto.data_type)
+            self.jobs.append((source.length, partial(_stream, source=source, wide=wide)))
+            if source.dtype in FLOATS:
+                self._count(_NAMES[FLOAT if wide else proto.data_type], source.elements, size)
+
+    # what is quantized
 
     def _quantize(self, sink: Sink) -> None:
-        raise NotImplementedError
+        linears = self.graph.linears()
+        head = self.graph.head()
+        plan = placement(linears, head, self.options)
+        if self.options.embeddings != "keep":
+            self._quantize_tables(sink)
+        for linear in linears:
+            bits = plan.get(linear.node.output[0], 0)
+            if bits:
+                names = self._packed(sink, linear.weight, linear.transposed, linear.n, linear.k, bits)
+                self._replace(linear, names, bits)
+
+    def _replace(self, linear: Linear, names: list[str], bits: int) -> None:
+        """Turn the product into MatMulNBits, with the bias that an Add behind it has, if any."""
+        graph, node = self.graph, linear.node
+        bias = linear.bias or graph.absorb_bias(node, linear.n)
+        inputs = [node.input[0], *names, *[""] * (3 - len(names)), "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        graph.become(
+            node,
+            "MatMulNBits",
+            inputs,
+            K=linear.k,
+            N=linear.n,
+            bits=bits,
+            block_size=self.options.group_size,
+            accuracy_level=self.options.accuracy_level,
+        )
+
+    def _quantize_tables(self, sink: Sink) -> None:
+        """Embedding tables become GatherBlockQuantized. A tied head of the same type shares the bytes: it reads them
+        through a Reshape, since it packs them anew at load, where the table is read in place."""
+        graph, group = self.graph, self.options.group_size
+        bits = BITS[self.options.precision if self.options.embeddings == "same" else self.options.embeddings]
+        for node in graph.tables():
+            weight = node.input[0]
+            n, k = graph.initializers[weight].dims
+            if k % group:
+                raise RecipeError(
+                    f"embeddings: the width {k} of '{weight}' is no multiple of group_size {group}",
+                    hint="choose a group_size that divides it, or embeddings: keep",
+                )
+            names = self._packed(sink, weight, True, n, k, bits, flat=True)
+            key = (weight, True, bits)
+            self.packed[key] = [graph.reshaped(names[0], shapes(n, k, bits, group)[0]), *names[1:]]
+            inputs = [names[0], node.input[1], *names[1:]]
+            attributes = {"bits": bits, "block_size": group, "gather_axis": 0, "quantize_axis": 1}
+            graph.become(node, "GatherBlockQuantized", inputs, **attributes)
+
+    def _packed(
+        self, sink: Sink, weight: str, transposed: bool, n: int, k: int, bits: int, flat: bool = False
+    ) -> list[str]:
+        """Names of the quantized initializers of a weight: packed, scales and, when asymmetric, zeros. `flat` declares
+        the first with two dimensions."""
+        key = (weight, transposed, bits)
+        if key in self.packed:
+            return self.packed[key]
+        group, symmetric = self.options.group_size, self.options.symmetric
+        packed: tuple[int, ...]
+        packed, scales, zeros = shapes(n, k, bits, group)
+        base = f"{weight.removesuffix('.weight')}.int{bits}"
+        names = [f"{base}.packed", f"{base}.scales"]
+        if flat:
+            packed = (n, packed[1] * packed[2])
+        size = sink.declare(names[0], packed, _UINT8) + sink.declare(names[1], scales, FLOAT)
+        if not symmetric:
+            names.append(f"{base}.zeros")
+            size += sink.declare(names[2], zeros, _UINT8)
+        algorithm: Algorithm = "rtn" if self.options.algorithm == "rtn" else "k_quant"
+        settings = (bits, group, symmetric, algorithm)
+        source = self.graph.source(weight)
+        job = _quantize_rows if transposed else _quantize_columns
+        self.jobs.append((source.length, partial(job, names=names, source=source, settings=settings)))
+        self._count(f"int{bits}", n * k, size)
+        self.packed[key] = names
+        return names
 
 
-def _stream(sink: Sink, source: Tensor) -> None:
-    """Copy a tensor, floats as fp32."""
+def placement(linears: list[Linear], head: str, options: Options) -> dict[str, int]:
+    """Output name of a product -> its bits; what is left in fp32 is not there."""
+    bits = BITS[options.precision]
+    plan: dict[str, int] = {}
+    unmatched = set(options.exclude)
+    for linear in linears:
+        output, names = linear.node.output[0], (linear.node.name, linear.weight, linear.weight.removesuffix(".weight"))
+        matches = {pattern for pattern in options.exclude if any(fnmatch(name, pattern) for name in names)}
+        unmatched -= matches
+        if not matches and linear.n * linear.k >= _SMALLEST:
+            plan[output] = bits
+    if unmatched:
+        some = ", ".join(f"'{linear.node.name or linear.weight}'" for linear in linears[:3])
+        raise RecipeError(
+            f"exclude: '{sorted(unmatched)[0]}' matches no matrix product of the graph", hint=f"names are like {some}"
+        )
+    if options.algorithm == "k_quant_mixed":
+        for output in _sensitive(linears):
+            if output in plan:
+                plan[output] = max(bits, 8)
+        if head in plan and options.head == "same":
+            plan[head] = 8
+    if head in plan and options.head != "same":
+        plan[head] = BITS.get(options.head, 0)
+    return plan
+
+
+def _sensitive(linears: list[Linear]) -> list[str]:
+    """Products that lose most by 4 bits: values and down projections of the first and last eighth of the layers and of
+    every third layer between."""
+    found = []
+    layers = [int(match[1]) if (match := _LAYER.search(linear.node.name or linear.weight)) else -1 for linear in linears]
+    count = max(layers, default=-1) + 1
+    if count == 0:
+        raise UnavailableError(
+            "algorithm k_quant_mixed: the exported graph does not say which product belongs to which layer",
+            hint="use algorithm k_quant, or the fused exporter",
+        )
+    for linear, layer in zip(linears, layers, strict=True):
+        outer = layer < count // 8 or layer >= count - max(1, count // 8) or (layer - count // 8) % 3 == 2
+        if layer >= 0 and outer and _SENSITIVE.search(linear.node.name or linear.weight):
+            found.append(linear.node.output[0])
+    return found
+
+
+def _stream(sink: Sink, source: Tensor, wide: bool) -> None:
+    """Copy a tensor; floats are checked as they pass, and become fp32 when `wide`."""
     offset = 0
-    for values in _pieces(source):
+    step = max(1, _COPY_BYTES * (source.shape[0] if source.shape else 1) // max(1, source.length))
+    for start in range(0, source.shape[0] if source.shape else 1, step):
+        stop = min(start + step, source.shape[0] if source.shape else 1)
+        values = source.rows(start, stop, "float32" if wide else "native")
         sink.write(source.name, values, offset)
         offset += values.nbytes
 
 
-def _pieces(source: Tensor) -> Iterator[Any]:
-    if source.dtype in ("F32", "F16", "BF16"):
-        for _, values in source.slices():
-            yield values
-    else:
-        yield source.numpy("native")
+Settings = tuple[int, int, bool, Algorithm]
+"""bits, group, symmetric, algorithm"""
+
+
+def _quantize_rows(sink: Sink, names: list[str], source: Tensor, settings: Settings) -> None:
+    """A weight stored [N, K]: slice after slice of rows goes straight to its place."""
+    bits, group, symmetric, algorithm = settings
+    offsets = [0] * len(names)
+    for _, weight_NK in source.slices(_SLICE_BYTES):
+        parts = quantize(weight_NK, bits, group, symmetric=symmetric, algorithm=algorithm)
+        for index, part in enumerate(part for part in parts if part is not None):
+            sink.write(names[index], part, offsets[index])
+            offsets[index] += part.nbytes
+
+
+def _quantize_columns(sink: Sink, names: list[str], source: Tensor, settings: Settings) -> None:
+    """A weight stored [K, N]: slices of K hold every row's next blocks, so the packed whole is put together first."""
+    bits, group, symmetric, algorithm = settings
+    k, n = source.shape
+    whole = [np.zeros(shape, np.float32 if index == 1 else np.uint8) for index, shape in enumerate(shapes(n, k, bits, group))]
+    step = 2 * group * max(1, _COPY_BYTES // (8 * n * group))  # two blocks: 4-bit zero points come in pairs
+    for start in range(0, k, step):
+        weight_KN = source.rows(start, min(k, start + step))
+        rows = max(1, _SLICE_BYTES // (4 * weight_KN.shape[0]))
+        for first in range(0, n, rows):
+            weight_NK = np.ascontiguousarray(weight_KN[:, first : first + rows].T)
+            parts = quantize(weight_NK, bits, group, symmetric=symmetric, algorithm=algorithm)
+            for target, part, each in zip(whole, parts, (1, 1, bits / 8), strict=True):
+                if part is not None:
+                    block = int(start // group * each)
+                    target[first : first + rows, block : block + part.shape[1]] = part
+    for name, values in zip(names, whole, strict=False):
+        sink.write(name, values)

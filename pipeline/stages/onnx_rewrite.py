@@ -15,6 +15,8 @@ from pipeline.stages.checkpoint import Tensor
 _TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 16: "BF16"}
 """TensorProto data type -> safetensors type."""
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+MICROSOFT = "com.microsoft"
+_TABLE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Linear:
     """An initializer [N] that Gemm adds."""
 
 
+@dataclass(frozen=True)
+class Held(Tensor):
+    """A tensor whose values are in memory, inside the graph's file."""
+
+    array: Any = None
+
+    def _read(self, start: int, stop: int) -> Any:
+        return self.array.reshape(self.shape or (1,))[start:stop]
+
+
 class ExportedGraph:
     """The graph of one component of an export. Weights are looked for beside it, then in the model folder."""
 
@@ -47,18 +59,24 @@ class ExportedGraph:
     def _index(self) -> None:
         self.producers = {name: node for node in self.proto.graph.node for name in node.output if name}
         self.consumers: dict[str, list[Any]] = defaultdict(list)
+        self.captured: set[str] = set()
         for node in self.proto.graph.node:
             for name in node.input:
                 if name:
                     self.consumers[name].append(node)
+            for name in _captured(node):
+                self.captured.add(name)
+                self.consumers[name].append(node)
 
     @property
     def outputs(self) -> set[str]:
         return {value.name for value in self.proto.graph.output}
 
     def source(self, name: str) -> Tensor:
-        """Where an initializer's bytes are. Only for initializers with external data."""
+        """Where an initializer's bytes are: in a file beside the graph or in the model folder, or in the graph."""
         tensor = self.initializers[name]
+        if tensor.data_location != tensor.EXTERNAL:
+            return self._held(name)
         info = {entry.key: entry.value for entry in tensor.external_data}
         location = info["location"]
         if Path(location).name != location:
@@ -83,27 +101,41 @@ class ExportedGraph:
             )
         return Tensor(name, kind, tuple(tensor.dims), path, offset, length)
 
-    def is_external(self, name: str) -> bool:
+    def _held(self, name: str) -> Tensor:
+        import onnx
+
         tensor = self.initializers[name]
-        return bool(tensor.data_location == tensor.EXTERNAL)
+        array = onnx.numpy_helper.to_array(tensor)
+        if tensor.data_type == BFLOAT16:
+            array = array.view(np.uint16)
+        kind = _TYPES.get(tensor.data_type)
+        if kind is None:
+            raise StageError(f"{self.path.name}: initializer '{name}' has the unknown data type {tensor.data_type}")
+        return Held(name, kind, tuple(tensor.dims), self.path, 0, array.nbytes, array)
 
-    def drop_casts(self) -> None:
-        """Let the users of `Cast(initializer) to float` use the initializer itself: it is written as fp32 later."""
-        for node in list(self.proto.graph.node):
-            if node.op_type != "Cast" or node.input[0] not in self.initializers or node.attribute[0].i != FLOAT:
+    def drop_casts(self) -> set[str]:
+        """Let the users of `Cast(initializer) to float` read the initializer itself. Returns the initializers of 16
+        bits for which that was done: they are to be written as fp32."""
+        widened = set()
+        for name, tensor in self.initializers.items():
+            readers = self.consumers.get(name, [])
+            if tensor.data_type not in (FLOAT16, BFLOAT16) or not readers or name in self.outputs:
                 continue
-            if self.initializers[node.input[0]].data_type in (FLOAT16, BFLOAT16) and node.output[0] not in self.outputs:
-                self.replace(node.output[0], node.input[0])
-                self.proto.graph.node.remove(node)
+            if all(node.op_type == "Cast" and node.attribute[0].i == FLOAT for node in readers):
+                if any(node.output[0] in self.outputs or node.output[0] in self.captured for node in readers):
+                    continue
+                for node in readers:
+                    self._replace(node.output[0], name)
+                    self.proto.graph.node.remove(node)
+                widened.add(name)
         self._index()
+        return widened
 
-    def replace(self, old: str, new: str) -> None:
-        """Let every node that reads `old` read `new`."""
-        for node in self.consumers.pop(old, []):
+    def _replace(self, old: str, new: str) -> None:
+        for node in self.consumers[old]:
             for index, name in enumerate(node.input):
                 if name == old:
                     node.input[index] = new
-            self.consumers[new].append(node)
 
     def linears(self) -> list[Linear]:
         """Every product of activations with a two-dimensional constant, in graph order."""
@@ -139,14 +171,74 @@ class ExportedGraph:
         return Linear(node, weight, transposed, n, k, bias)
 
     def head(self) -> str:
-        """Name of the node that makes the logits; "" when there is none."""
+        """Output of the product that makes the logits; "" when there is none."""
         name = "logits"
         while name in self.producers:
             node = self.producers[name]
             if node.op_type in ("MatMul", "FusedMatMul", "Gemm"):
-                return str(node.name)
+                return name
             name = node.input[0]
         return ""
+
+    def tables(self) -> list[Any]:
+        """The Gather nodes that look rows up in a two-dimensional float table of at least `_TABLE` values."""
+        found = []
+        for node in self.proto.graph.node:
+            table = self.initializers.get(node.input[0]) if node.op_type == "Gather" else None
+            axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
+            if table is not None and axis == 0 and len(table.dims) == 2 and table.data_type in (FLOAT, FLOAT16, BFLOAT16):
+                if table.dims[0] * table.dims[1] >= _TABLE:
+                    found.append(node)
+        return found
+
+    def become(self, node: Any, op: str, inputs: list[str], **attributes: Any) -> None:
+        """Turn a node into a com.microsoft one; its name and outputs stay."""
+        import onnx
+
+        node.op_type, node.domain = op, MICROSOFT
+        del node.input[:], node.attribute[:]
+        node.input.extend(inputs)
+        for key, value in sorted(attributes.items()):
+            node.attribute.append(onnx.helper.make_attribute(key, value))
+        if not any(opset.domain == MICROSOFT for opset in self.proto.opset_import):
+            self.proto.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+        self._index()
+
+    def absorb_bias(self, node: Any, size: int) -> str:
+        """The initializer [size] that the only reader of `node` adds to it; the Add goes away. "" when there is none."""
+        output = node.output[0]
+        readers = self.consumers.get(output, [])
+        if len(readers) != 1 or readers[0].op_type != "Add" or output in self.outputs:
+            return ""
+        add = readers[0]
+        bias = next((name for name in add.input if name != output), "")
+        if bias not in self.initializers or list(self.initializers[bias].dims) != [size]:
+            return ""
+        node.output[0] = add.output[0]
+        self.proto.graph.node.remove(add)
+        self._index()
+        return str(bias)
+
+    def cast_output(self, node: Any, kind: int) -> None:
+        """Put a Cast behind a node."""
+        import onnx
+
+        output = node.output[0]
+        node.output[0] = f"{output}.narrow"
+        cast = onnx.helper.make_node("Cast", [node.output[0]], [output], name=f"{node.name or output}.wide", to=kind)
+        self.proto.graph.node.insert(list(self.proto.graph.node).index(node) + 1, cast)
+        self._index()
+
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> str:
+        """The initializer `name` with other dimensions: a Reshape at the start of the graph, removed when unused."""
+        import onnx
+
+        dims = onnx.numpy_helper.from_array(np.array(shape, np.int64), f"{name}.shape")
+        self.initializers[dims.name] = dims
+        node = onnx.helper.make_node("Reshape", [name, dims.name], [f"{name}.blocks"], name=f"{name}.blocks")
+        self.proto.graph.node.insert(0, node)
+        self._index()
+        return str(node.output[0])
 
     def prune(self) -> None:
         """Remove Transposes and other nodes whose outputs nobody reads any more."""
@@ -162,8 +254,12 @@ class ExportedGraph:
             for node in dead:
                 self.proto.graph.node.remove(node)
 
-    def inline_values(self, name: str) -> Any:
-        """The array of an initializer that is inside the file."""
-        import onnx
 
-        return np.asarray(onnx.numpy_helper.to_array(self.initializers[name]))
+def _captured(node: Any) -> set[str]:
+    """Names that a node's subgraphs (If, Loop, Scan) read."""
+    names: set[str] = set()
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs]:
+            for inner in graph.node:
+                names |= {name for name in inner.input if name} | _captured(inner)
+    return names

@@ -40,16 +40,16 @@ class Sink:
         self._inline: dict[str, bytearray] = {}
         self._file: BinaryIO | None = None
 
-    def declare(self, name: str, dims: tuple[int, ...], kind: int) -> str:
-        """Announce an initializer of the TensorProto type `kind` (4-bit types count as uint8: two values a byte)."""
+    def declare(self, name: str, dims: tuple[int, ...], kind: int) -> int:
+        """Announce an initializer of the TensorProto type `kind`. Returns its size in bytes."""
         import onnx
 
         if name in self._places:
             raise ValueError(f"initializer '{name}' is declared twice")
         itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
-        size = int(np.prod(dims, dtype=np.int64)) * itemsize
+        size: int = int(np.prod(dims, dtype=np.int64)) * itemsize
         self._places[name] = _Place(onnx.TensorProto(name=name, dims=dims, data_type=kind), size)
-        return name
+        return size
 
     @property
     def size(self) -> int:
@@ -87,7 +87,7 @@ class Sink:
         else:
             assert self._file is not None
             self._file.seek(place.offset + offset)
-            self._file.write(memoryview(flat))
+            self._file.write(flat.data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -30,8 +30,14 @@ class WeightOptions:
         "4 hurt most (values, down projections of the outer and every third layer, the head).",
     )
     accuracy_level: int = option(4, "int8, int4: 4 multiplies with int8 activations, 0 with fp32.", ge=0, le=4)
-    quantize_embeddings: bool = option(False, "int8, int4: quantize the embedding table too.")
-    quantize_head: bool = option(True, "int8, int4: quantize the product that makes the logits.")
+    head: Literal["same", "int8", "int4", "fp32"] = option(
+        "same", "int8, int4: type of the product that makes the logits; `same` as the others."
+    )
+    embeddings: Literal["keep", "same", "int8", "int4"] = option(
+        "keep",
+        "int8, int4: type of the embedding table. `keep` leaves the checkpoint's 16 or 32 bits. A tied table of the "
+        "head's type shares the head's bytes.",
+    )
     exclude: tuple[str, ...] = option(
         tuple, "int8, int4: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*.down_proj]"
     )
