@@ -42,6 +42,8 @@ class Judgement:
     """Encoders: output name -> metrics, of every output that both sides have."""
     kld: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Language models: KL divergence of every scored position, in nats."""
+    rows: int = 0
+    """How many positions (language models) or rows of the judged outputs (encoders) the metrics are about."""
 
 
 def judge(
@@ -113,6 +115,7 @@ def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement
             _keep_worst(out.worst, "kld", float(score.kld.max()), sample=index, position=at, token_ids=shown_ids)
     out.metrics = divergence.summarise(scores)
     out.kld = np.concatenate([score.kld for score in scores])
+    out.rows = len(out.kld)
     progress(stored.samples, stored.samples, "samples")
     return out
 
@@ -121,17 +124,16 @@ def _judge_greedy(stored: Stored, engine: Engine, run: _Runner, out: Judgement) 
     greedy = stored.greedy()
     if greedy is None or not greedy.tokens:
         return
-    prompts: list[Any]
-    if greedy.prompts is not None:
-        prompts = greedy.prompts
-    else:
-        # A prompt that is not text is the array itself, without the batch axis.
-        name = next(name for name in stored.info["inputs"] if name != "decoder_input_ids")
-        prompts = [stored.inputs(index)[name][0] for index in range(len(greedy.tokens))]
+    prompts: Any = greedy.prompts
+    if prompts is None:
+        # Prompts that are not text are the model's inputs by name, as engines of speech take them.
+        starts = [stored.inputs(index) for index in range(len(greedy.tokens))]
+        names = [name for name in stored.info["inputs"] if name != "decoder_input_ids"]
+        prompts = {name: np.concatenate([start[name] for start in starts]) for name in names}
     eos = tuple(int(token) for token in stored.info["eos_token_ids"])
     sampling = Sampling(max_new_tokens=greedy.new_tokens, eos_token_ids=eos)
-    answers: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in greedy.tokens]
+    logprobs: list[list[float]] = [[] for _ in greedy.tokens]
     for token in _guarded(lambda: list(engine.generate(prompts, sampling)), "the greedy continuations"):
         answers[token.prompt].append(int(token.token_id))
         logprobs[token.prompt].append(float(token.logprob))
@@ -195,6 +197,7 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
         out.worst["cosine"]["value"] = 1 - out.worst["cosine"]["value"]
     out.outputs = {name: similarity.summarise(parts) for name, parts in rows.items()}
     out.metrics = similarity.summarise([part for name in judged for part in rows[name]])
+    out.rows = sum(len(part.cosine) for name in judged for part in rows[name])
     # A broken output fails the engine even where another one is judged.
     out.metrics["nonfinite"] = sum(values["nonfinite"] for values in out.outputs.values())
     if embeddings[0]:

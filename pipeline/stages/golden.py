@@ -1,7 +1,8 @@
 """Stage `golden`: a few inputs with the reference's outputs that travel with an artifact.
 
 Whoever pulls the artifact proves it with them on their own machine. The size is bounded whatever the vocabulary: the
-first samples; of a decoder 64 positions; of outputs with a row for each token the last four rows of each sample.
+first samples; of a decoder 64 positions; of outputs with a row for each token the last rows of each sample, as many as
+fit into a mebibyte, and four at least.
 """
 
 from __future__ import annotations
@@ -9,20 +10,29 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.engine import Array, Engine
-from pipeline.parity.judge import finite, judge
+from pipeline.parity.judge import judge
 from pipeline.parity.stored import NpyWriter, Stored, write_json
 from pipeline.recipe import option
+from pipeline.stages.measure import accepted, report
 from pipeline.step import Inputs, Progress, Stage
 
 POSITIONS = 64
 """Tokens of a decoder's sample. What a causal model says there does not depend on what follows."""
 KEPT = 4
-"""Last positions of a sample whose outputs are kept, every value of them."""
+"""Last positions of a sample whose outputs are kept at least, every value of them."""
+KEPT_BYTES = 1 << 20
+"""More positions are kept while a sample's output stays below this size."""
 NAME = "golden.json"
+
+# What says little about an engine below so many positions: one of ten positions would decide a gate.
+_FEW = 48
+_NEED_MANY = ("top1", "top5", "kld_p99", "kld_p999", "perplexity", "perplexity_reference", "perplexity_ratio")
+_NEED_MANY += ("ln_ppl_ratio_mean", "ln_ppl_ratio_stderr", "rms_delta_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +76,9 @@ def write_golden(reference_dir: Path, out_dir: Path, count: int) -> None:
         note(name)
         samples = [stored.output(name, sample)[1][: length(name, sample)] for sample in range(count)]
         if name in lengths and samples[0].ndim > 1:
-            kept[name] = KEPT
-            samples = [sample[-KEPT:] for sample in samples]
+            row_bytes = samples[0][0].nbytes
+            kept[name] = max(KEPT, min(POSITIONS, KEPT_BYTES // row_bytes))
+            samples = [sample[-kept[name] :] for sample in samples]
         _write(out_dir / f"outputs.{name}.npy", samples)
     info = {**stored.info, "samples": count, "lengths": lengths, "kept": kept}
     write_json(out_dir / NAME, info)
@@ -80,13 +91,18 @@ def write_golden(reference_dir: Path, out_dir: Path, count: int) -> None:
 
 def judge_golden(
     golden_dir: Path, engine: Engine, accepts: Collection[str] | None = None
-) -> dict[str, float | None]:
-    """Run an engine on a golden set: the same metric names as the parity report. None where a value is not finite.
+) -> dict[str, Any]:
+    """Run an engine on a golden set: a report as of stage `parity`, with the same names.
 
-    `accepts` names the engine's inputs (`interface.inputs` of engine.json). The numbers come from a few positions: they
-    prove that the engine answers as it should on this machine, and are no measure of its quality.
+    `accepts` names the engine's inputs; by default the engine.json beside the golden folder says. A metric that so few
+    positions cannot show is left out of the report: the set proves that the engine answers as it should on this
+    machine, and is no measure of its quality.
     """
-    return finite(judge(Stored.open(golden_dir, NAME), engine, batch=2, accepts=accepts).metrics)
+    stored = Stored.open(golden_dir, NAME)
+    found = judge(stored, engine, batch=2, accepts=accepts or accepted(golden_dir.parent))
+    if found.rows < _FEW:
+        found.metrics = {name: value for name, value in found.metrics.items() if name not in _NEED_MANY}
+    return report(stored, found, golden_dir.parent)
 
 
 def _write(path: Path, samples: list[Array]) -> None:

@@ -28,9 +28,9 @@ class MeasureOptions:
     """How the engine is opened."""
 
     opener: str
-    """`module:function`: (folder, **settings) -> Engine."""
+    """`module:function`: (folder) or (folder, settings) -> Engine."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the opener."""
+    """What the opener gets beside the folder, when there is something."""
     batch: int = option(4, "How many samples of unequal length run together in the check of padding.", ge=2)
 
 
@@ -65,11 +65,11 @@ def report(stored: Stored, found: Judgement, engine_dir: Path) -> dict[str, Any]
 
 
 def open_engine(opener: str, folder: Path, settings: Mapping[str, Any]) -> Engine:
-    """Call `module:function` on a folder. UnavailableError when the module, or a package that it needs, is missing."""
+    """Call `module:function` on a folder, and the settings if any. UnavailableError when the module, or a package that it needs, is missing."""
     module, _, name = opener.partition(":")
     try:
         function: Callable[..., Engine] = getattr(importlib.import_module(module), name)
-        return function(folder, **settings)
+        return function(folder, dict(settings)) if settings else function(folder)
     except (ImportError, AttributeError) as error:
         raise UnavailableError(
             f"the engine cannot be opened by {opener}: {error}", hint="install the target's extra; see `doctor`"
