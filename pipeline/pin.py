@@ -73,13 +73,15 @@ def pin(
 ) -> Locked:
     """Pin the sources of a recipe that lies at `recipe_path`; write `<its stem>.lock` if it changed.
 
-    A hub model is taken from the lock without asking the hub, as long as the recipe names the same source and `update`
-    is off. Local files are digested (known ones are not read again). `locked`: nothing may differ from the lock, which
-    is not written. `offline`: the hub is not asked. `progress` counts bytes read. Raises RecipeError, NetworkError,
-    UnavailableError, VerificationError.
+    A hub model is taken from the lock without asking the hub, as long as the recipe names the same source. Local files
+    are digested (known ones are not read again). `locked`: nothing may differ from the lock, which is not written.
+    `offline`: the hub is not asked. `update`: the old lock does not count. `progress` counts bytes of the model. Raises
+    RecipeError, NetworkError, UnavailableError, VerificationError.
     """
+    if locked and update:
+        raise RecipeError("--locked and --update exclude each other", hint="leave one of them out")
     where = recipe_path.with_suffix(".lock")
-    old = lock.read(where)
+    old = {} if update else lock.read(where)
     if locked and not where.exists():
         raise RecipeError(f"{where} does not exist, and --locked needs it", hint="run once without --locked")
     known = StatCache(cache)
@@ -95,7 +97,7 @@ def pin(
     text, code = recipe.model.source, recipe.model.trust_remote_code
     if text.startswith("hf:"):
         before = old.get("model")
-        if before and not update and before.source == text and before.code == code:
+        if before and before.source == text and before.code == code:
             model, config = _hub_again(before, cache, offline)
         else:
             if locked:
