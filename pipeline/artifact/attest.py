@@ -165,7 +165,8 @@ class ParityResult:
     """How an engine compared with the fp32 reference, or why that is not known yet."""
 
     verdict: Verdict
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """None where it was not a finite number."""
     passed: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     """Names of the gates' metrics."""

@@ -81,7 +81,7 @@ def _name(path: Path, identity: str) -> str:
 
 def _judge(manifest: Manifest, report: dict[str, Any]) -> tuple[ParityResult, tuple[gates.Verdict, ...]]:
     """The verdict on a golden report. Metrics that so few inputs cannot show are skipped, and said to be."""
-    metrics: dict[str, float] = report["metrics"]
+    metrics: dict[str, float | None] = report["metrics"]
     limits = {name: None if text is None else float(text) for name, text in manifest.gates.items()}
     interface = manifest.interface
     verdicts = tuple(
@@ -105,9 +105,9 @@ def _judge(manifest: Manifest, report: dict[str, Any]) -> tuple[ParityResult, tu
         failed=failed,
         skipped=skipped,
         reason=reason,
-        samples=int(report.get("samples", 0)),
+        samples=report["samples"],
         inputs="golden",
-        worst=report.get("worst", {}),
+        worst=report["worst"],
         host={
             "os": here.os,
             "arch": here.arch,

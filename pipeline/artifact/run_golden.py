@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,7 @@ def main(argv: list[str]) -> int:
         return _fail(result, error)
     except MemoryError:
         return _fail(result, StageError("out of memory", hint="run it on a machine with more memory"))
-    except Exception as error:
-        traceback.print_exc()
-        return _fail(result, StageError(f"the engine failed on the golden inputs: {type(error).__name__}: {error}"))
-    return 0
+    return 0  # any other exception ends the process with its traceback, which the parent shows
 
 
 def opener(artifact: Path) -> OpenEngine:
@@ -66,13 +62,18 @@ def missing(runtime: str, extra: str, error: ImportError) -> UnavailableError:
 
 
 def judge(artifact: Path, open_engine: OpenEngine) -> dict[str, Any]:
-    """The parity report of an artifact on its golden inputs. VerificationError when it carries none."""
+    """The parity report of an artifact on its golden inputs: metrics, worst, samples.
+
+    VerificationError when it carries none, UnavailableError when the runtime's package is not installed.
+    """
     golden = artifact / paths.GOLDEN
     if not golden.is_dir():
         raise VerificationError(f"{artifact} carries no golden inputs", hint="build it again: every recipe adds them")
     from pipeline.stages.golden import judge_golden
 
-    return dict(judge_golden(golden, open_engine(artifact)))
+    manifest, _ = load(artifact)
+    accepts = {tensor.name for tensor in manifest.interface.inputs} or None
+    return judge_golden(golden, open_engine(artifact), accepts)
 
 
 def _fail(result: Path, error: EnginewrightError) -> int:

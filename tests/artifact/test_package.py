@@ -150,7 +150,8 @@ DAMAGES = {
     "an extra file": lambda a: (a / "evil.py").write_text("import os"),
     "a changed card": lambda a: rewrite(a / "README.md", b"# other"),
     "a changed digest in the manifest": lambda a: edit_manifest(
-        a, files=[{**f, "digest": "sha256:" + "0" * 64} for f in json.loads((a / "manifest.json").read_bytes())["files"]]
+        a,
+        files=[{**f, "digest": "sha256:" + "0" * 64} for f in json.loads((a / "manifest.json").read_bytes())["files"]],
     ),
     "a changed field of the manifest": lambda a: edit_manifest(a, precision="fp32"),
     "a manifest in another form": lambda a: rewrite(
