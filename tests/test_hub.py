@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from pipeline.errors import EnginewrightError, NetworkError, RecipeError, StageError, VerificationError

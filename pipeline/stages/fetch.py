@@ -142,23 +142,24 @@ def _share(source: Path, place: Path) -> bool:
 def _pour(source: Path, place: Path | None, advance: Advance, text: str = "") -> str:
     """Copy (None: only read) and return the digest. `text` names a file that must be UTF-8."""
     digest = hashlib.sha256()
-    decode = codecs.getincrementaldecoder("utf-8")()
-    lines = 0
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
     with source.open("rb", buffering=0) as old, place.open("xb") if place else contextlib.nullcontext() as new:
-        while block := old.read(BLOCK):
-            digest.update(block)
+        while True:
+            block = old.read(BLOCK)
             if text:
                 try:
-                    decode.decode(block)
+                    decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
-                    line = lines + error.object.count(b"\n", 0, error.start) + 1
+                    line = lines + error.object.count(b"\n", 0, error.start)
                     what = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
                     raise RecipeError(f"{text}:{line}: {what}", hint="save the file as UTF-8") from None
                 lines += block.count(b"\n")
+            if not block:
+                return "sha256:" + digest.hexdigest()
+            digest.update(block)
             if new is not None:
                 new.write(block)
             advance(len(block))
-    return "sha256:" + digest.hexdigest()
 
 
 def _download_all(options: FetchOptions, out: Path, advance: _Counter) -> None:
