@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.stages import golden, measure, reference
-from pipeline.step import Step
+from pipeline.step import Stage, Step
 from pipeline.targets import Job
 
 
@@ -37,18 +37,15 @@ def reference_steps(job: Job) -> tuple[Step, ...]:
     return (*data, Step("reference", reference.STAGE, options, needs))
 
 
-def parity_steps(job: Job, opener: str, settings: Mapping[str, Any], *, engine: str = "engine") -> tuple[Step, ...]:
-    """`parity`: the engine held against the reference; `golden`: what whoever pulls the artifact proves it with."""
+def parity_step(stage: Stage[Any], opener: str, settings: Mapping[str, Any], *, engine: str = "engine") -> Step:
+    """`parity`, or `parity.<engine>`: an engine held against the reference."""
     name = "parity" if engine == "engine" else f"parity.{engine}"
-    measured = Step(
-        name,
-        measure.STAGE,
-        measure.MeasureOptions(opener=opener, settings=dict(settings)),
-        {"engine": engine, "reference": "reference"},
-    )
-    if engine != "engine":
-        return (measured,)
-    kept = Step(
+    options = measure.MeasureOptions(opener=opener, settings=dict(settings))
+    return Step(name, stage, options, {"engine": engine, "reference": "reference"})
+
+
+def golden_step(job: Job) -> Step:
+    """`golden`: the few inputs with which whoever pulls the artifact proves it."""
+    return Step(
         "golden", golden.STAGE, golden.GoldenOptions(count=job.recipe.package.golden), {"reference": "reference"}
     )
-    return (measured, kept)

@@ -1,0 +1,129 @@
+"""Target `onnxruntime`: decoders, encoders, sequence-to-sequence and speech for ONNX Runtime, on CPU or CUDA.
+
+A decoder's folder loads in ONNX Runtime, in ONNX Runtime GenAI and in Optimum's ORTModel as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.engine import Engine
+from pipeline.errors import RecipeError, UnavailableError
+from pipeline.hardware import Hardware, Verdict
+from pipeline.recipe import TargetOptions, option
+from pipeline.stages import measure, onnx_fused, onnx_torch, onnx_weights
+from pipeline.stages.onnx_families import read_decoder
+from pipeline.step import Inputs, Progress, Stage, Step
+from pipeline.targets import Facts, Job
+from pipeline.targets.common import fetch_model, golden_step, parity_step, reference_steps
+from pipeline.targets.ort_engine import open_engine
+from pipeline.targets.ort_session import CPU, CUDA
+
+EXTRA = "onnxruntime"
+OPENER = "pipeline.targets.ort_engine:open_engine"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """How int8 and int4 weights of a decoder are made."""
+
+    group_size: int = option(32, "How many weights share a scale; a power of two.", ge=16, le=256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TargetOptions):
+    """What an ONNX Runtime target can be asked for."""
+
+    precision: Literal["fp32", "fp16", "int8", "int4"] = option("fp32", "Type of the weights.")
+    quantize: Quantize = option(Quantize, "int8, int4: how it is quantized.")
+    exporter: Literal["auto", "fused", "torch", "optimum"] = option(
+        "auto",
+        "Who writes the graph: our fused builder (decoders of the families that it knows: the fastest graph), torch's "
+        "exporter (whatever transformers loads), or Optimum in its own toolchain. `auto`: fused if it can, else torch.",
+    )
+    provider: Literal["cpu", "cuda"] = option("cpu", "ONNX Runtime's execution provider.")
+    threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
+
+
+def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, progress: Progress) -> None:
+    """The parity stage, keyed by the runtime that answers."""
+    measure.run(inputs, options, out, progress)
+
+
+PARITY = Stage("onnxruntime.parity", measure_engine, tools=("onnxruntime",), scope="isa")
+PARITY_CUDA = Stage("onnxruntime.parity", measure_engine, tools=("onnxruntime-gpu",), scope="device")
+
+
+def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
+    """fetch, reference, export, weights; then parity of the engine, and of the unquantized one."""
+    weights = onnx_weights.WeightOptions(
+        precision=options.precision, group_size=options.quantize.group_size, threads=options.threads
+    )
+    needs = {"export": "export", "model": "model"}
+    settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
+    return (
+        fetch_model(job),
+        *reference_steps(job),
+        _export(job, options),
+        Step("engine", onnx_weights.STAGE, weights, needs),
+        parity_step(PARITY, OPENER, settings),
+        golden_step(job),
+    )
+
+
+def _export(job: Job, options: Options) -> Step:
+    """The exporter's step; `auto` is decided here, from config.json, so that the plan shows it."""
+    exporter = options.exporter
+    if exporter == "auto":
+        exporter = "fused" if job.kind == "decoder" and _fused_problem(job) is None else "torch"
+    if exporter == "fused":
+        if job.kind != "decoder":
+            raise RecipeError("exporter: fused builds decoders only", hint="leave `exporter` out, or say `torch`")
+        if problem := _fused_problem(job):
+            raise problem
+        return Step("export", onnx_fused.STAGE, onnx_fused.FusedOptions(), {"model": "model"})
+    told = onnx_torch.TorchExportOptions(
+        task=job.task,
+        trust_remote_code=job.recipe.model.trust_remote_code,  # type: ignore[arg-type]
+    )
+    return Step("export", onnx_torch.STAGE, told, {"model": "model"})
+
+
+def _fused_problem(job: Job) -> UnavailableError | None:
+    try:
+        read_decoder(job.config)
+    except UnavailableError as error:
+        return error
+    return None
+
+
+def facts(engine: Mapping[str, Any], options: Options, hardware: Hardware) -> Facts:
+    """Served by ONNX Runtime, or as an ONNX Runtime GenAI folder where it has a genai_config.json."""
+    decoder = engine["kind"] == "decoder"
+    gpu = options.provider == "cuda"
+    requires = {"onnxruntime-gpu" if gpu else "onnxruntime": "1.30"}
+    return Facts(
+        requires=requires,
+        layout="onnxruntime-genai" if decoder else "onnx",
+        entry="." if decoder else next(iter(engine["components"].values())),
+        command=("enginewright", "generate", "."),
+        device=options.provider,
+        isa=(),
+    )
+
+
+def open(engine: Path, hardware: Hardware) -> Engine:
+    """An Engine over ONNX Runtime for an engine's folder or an artifact."""
+    return open_engine(engine)
+
+
+def can_run(manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
+    """Any CPU that ONNX Runtime is built for; an artifact for CUDA needs such a device."""
+    device = manifest["target"]["device"]["kind"]
+    if device == "cuda" and not any(each.kind == "cuda" for each in hardware.devices):
+        return Verdict(False, "needs a CUDA device, and this machine has none")
+    return Verdict(True, f"ONNX Runtime runs it on the {device}")
