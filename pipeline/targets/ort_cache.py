@@ -34,7 +34,7 @@ class SharedCache:
         self._graph = graph
         self._names = cache_names(graph)
         self._shape = (heads, capacity, head_dim)
-        # numpy's arrays on the CPU, OrtValues elsewhere. An OrtValue over an array does not keep it alive for its views.
+        # numpy's arrays on the CPU, OrtValues elsewhere. An OrtValue does not keep its array alive for its views.
         self._buffers = {name: self._buffer(self._zeros(name, batch)) for name in self._names}
         self._spare: dict[str, Any] = {}
         self._lengths = np.zeros(batch, np.int64)
