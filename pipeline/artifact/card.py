@@ -12,8 +12,8 @@ from pipeline.artifact.manifest import ManifestFacts
 _HUB_LICENSES = re.compile(r"[A-Za-z0-9.+-]+")
 
 
-def readme(facts: ManifestFacts) -> bytes:
-    """The card: a Markdown page with the front matter that Hugging Face reads."""
+def readme(facts: ManifestFacts, *, license_there: bool) -> bytes:
+    """The card: Markdown with the front matter that Hugging Face reads. `license_there`: LICENSE lies beside it."""
     front = [f"pipeline_tag: {_yaml(facts.interface.task)}"]
     if len(facts.licenses) == 1 and _HUB_LICENSES.fullmatch(facts.licenses[0]):
         front.insert(0, f"license: {_yaml(facts.licenses[0].lower())}")
@@ -30,14 +30,14 @@ def readme(facts: ManifestFacts) -> bytes:
     lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _rows(facts)), ""]
     lines += ["## Run", ""]
     if facts.runtime.command:
-        lines += ["```sh", shlex.join(facts.runtime.command), "```", ""]
+        lines += ["```sh", command(facts, "."), "```", ""]
     else:
         lines += [f"Open `{facts.runtime.entry}` with {facts.runtime.engine}.", ""]
     lines += ["## Check", "", "```sh"]
     lines += ["enginewright verify .          # every file against manifest.json"]
     lines += ["enginewright verify --run .    # and the golden inputs on this machine, against the gates", "```", ""]
     lines += ["`manifest.json` says where this came from and how it was built; `.attest/` holds what was measured.", ""]
-    lines += ["## Licence", "", _license_sentence(facts), ""]
+    lines += ["## Licence", "", _license_sentence(facts, license_there), ""]
     return "\n".join(lines).encode()
 
 
@@ -48,6 +48,11 @@ def license_text(facts: ManifestFacts) -> bytes | None:
     lines = [f"SPDX-License-Identifier: {expression}" for expression in facts.licenses]
     lines += ["", "The texts of these licences are at https://spdx.org/licenses/."]
     return ("\n".join(lines) + "\n").encode()
+
+
+def command(facts: ManifestFacts, folder: str) -> str:
+    """The command that serves or tries the artifact in `folder`, as a shell takes it; empty if there is none."""
+    return shlex.join(word.replace("{artifact}", folder) for word in facts.runtime.command)
 
 
 def _rows(facts: ManifestFacts) -> list[tuple[str, str]]:
@@ -82,10 +87,12 @@ def _source(uri: str, revision: str | None) -> str:
     return f"{uri} at {revision}" if revision and f"@{revision}" not in uri else uri
 
 
-def _license_sentence(facts: ManifestFacts) -> str:
-    if not facts.licenses:
-        return "The model's publisher states none that is known here. Ask before you pass it on."
-    return f"{', '.join(facts.licenses)} (see LICENSE)."
+def _license_sentence(facts: ManifestFacts, license_there: bool) -> str:
+    if facts.licenses:
+        return f"{', '.join(facts.licenses)} (see LICENSE)."
+    if license_there:
+        return "See LICENSE, which came with the model."
+    return "The model came with none, and its recipe states none. Ask its publisher before you pass it on."
 
 
 def _yaml(text: str) -> str:

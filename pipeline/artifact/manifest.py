@@ -105,7 +105,7 @@ class Runtime:
     entry: str = "."
     requires: Mapping[str, Requirement] = field(default_factory=dict)
     command: tuple[str, ...] = ()
-    """The command that serves it, run in the artifact's folder."""
+    """The command that serves or tries it; `{artifact}` stands for its folder."""
     settings: Mapping[str, Json] = field(default_factory=dict)
 
 

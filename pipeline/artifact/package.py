@@ -91,7 +91,7 @@ def _payload(engine: Path, golden: Path | None, facts: ManifestFacts, license_fi
     if "license" not in present and (text := license_file or card.license_text(facts)):
         files["LICENSE"] = text
     if "readme.md" not in present:
-        files["README.md"] = card.readme(facts)
+        files["README.md"] = card.readme(facts, license_there="license" in {paths.folded(name) for name in files})
     return dict(sorted(files.items()))
 
 

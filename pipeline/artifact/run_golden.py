@@ -68,7 +68,9 @@ def judge(artifact: Path, open_engine: OpenEngine) -> dict[str, Any]:
     """
     golden = artifact / paths.GOLDEN
     if not golden.is_dir():
-        raise VerificationError(f"{artifact} carries no golden inputs", hint="build it again: every recipe adds them")
+        raise VerificationError(
+            f"{artifact} carries no golden inputs", hint="only a target that measures parity adds them to its artifacts"
+        )
     from pipeline.stages.golden import judge_golden
 
     manifest, _ = load(artifact)

@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.artifact import attest, paths
-from pipeline.artifact.card import versions
+from pipeline.artifact import attest, card, paths
 from pipeline.artifact.manifest import Manifest, artifact_id, freeze, thaw
 from pipeline.artifact.read import load
 from pipeline.cli.console import megabytes, table
@@ -30,12 +29,19 @@ def inspect(path: Path, form: str) -> None:
         document = {"artifact_id": identity, "manifest": freeze(manifest), "attestations": statements}
         click.echo(json.dumps(document, indent=2, ensure_ascii=True))
         return
-    click.echo(plain("\n".join(_lines(manifest, identity, statements))))
+    click.echo(plain("\n".join(_lines(path, manifest, identity, statements))))
 
 
 def plain(text: str) -> str:
     """Text whose control characters cannot steer a terminal: what is shown came from outside."""
     return "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char != "\n" else char for char in text)
+
+
+def size(size_bytes: int) -> str:
+    """Bytes as text: `631 B`, `265.8 kB`, `8.4 MB`."""
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 1e3:.1f} kB" if size_bytes < 1e6 else megabytes(size_bytes)
 
 
 def _statements(path: Path, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,20 +54,20 @@ def _statements(path: Path, identity: str) -> Iterator[tuple[str, dict[str, Any]
             yield file.stem, found
 
 
-def _lines(manifest: Manifest, identity: str, statements: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+def _lines(path: Path, manifest: Manifest, identity: str, statements: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     yield f"{manifest.name} {manifest.version} for {manifest.target.name}"
     if manifest.description:
         yield manifest.description
     yield ""
-    width = max(len(name) for name, _ in _facts(manifest, identity))
-    yield from (f"{name.ljust(width)}  {value}" for name, value in _facts(manifest, identity))
+    width = max(len(name) for name, _ in _facts(manifest, identity, path))
+    yield from (f"{name.ljust(width)}  {value}" for name, value in _facts(manifest, identity, path))
     yield ""
     rows = [(spec.name, way, spec.dtype, _shape(spec.shape)) for way, specs in _ports(manifest) for spec in specs]
     if rows:
         yield table(("tensor", "", "dtype", "shape"), rows)
         yield ""
     roles = sorted({file.role for file in manifest.files})
-    files = [(file.role, file.path, megabytes(file.size)) for r in roles for file in manifest.files if file.role == r]
+    files = [(file.role, file.path, size(file.size)) for r in roles for file in manifest.files if file.role == r]
     yield table(("role", "file", "size"), files)
     for name, statement in statements.items():
         if statement.get("predicateType") == attest.PARITY:
@@ -72,9 +78,9 @@ def _lines(manifest: Manifest, identity: str, statements: Mapping[str, dict[str,
         yield "parity: no attestation; `enginewright verify --run --attest` makes one on the machine it is for"
 
 
-def _facts(manifest: Manifest, identity: str) -> list[tuple[str, str]]:
+def _facts(manifest: Manifest, identity: str, path: Path) -> list[tuple[str, str]]:
     target, runtime = manifest.target, manifest.runtime
-    needs = (f"{name} {versions(need.exact, need.min, need.max)}" for name, need in sorted(runtime.requires.items()))
+    needs = (f"{name} {card.versions(n.exact, n.min, n.max)}" for name, n in sorted(runtime.requires.items()))
     rows = [
         ("artifact", identity),
         ("build key", manifest.build_key),
@@ -85,7 +91,7 @@ def _facts(manifest: Manifest, identity: str) -> list[tuple[str, str]]:
         ("memory", megabytes(target.device.min_memory_bytes) if target.device.min_memory_bytes else ""),
         ("runtime", f"{runtime.engine}, layout {runtime.layout}, opens {runtime.entry}"),
         ("packages", ", ".join(needs)),
-        ("command", " ".join(runtime.command)),
+        ("command", card.command(manifest, str(path))),
         ("precision", manifest.precision),
         ("quantization", _short(manifest.quantization)),
         ("limits", _short(manifest.interface.limits)),

@@ -70,7 +70,7 @@ def facts(**changes: Any) -> ManifestFacts:
             engine="onnxruntime",
             layout="genai",
             requires={"onnxruntime": Requirement(min="1.30")},
-            command=("enginewright", "generate", "."),
+            command=("enginewright", "generate", "{artifact}"),
         ),
         interface=Interface(task="text-generation", kind="decoder", inputs=tensors, limits={"context_length": 64}),
         precision="int4",

@@ -255,7 +255,7 @@ def test_the_engines_own_card_and_the_given_licence_are_used(tmp_path: Path) -> 
 def test_without_a_licence_there_is_no_licence_file_and_the_card_says_so(tmp_path: Path) -> None:
     made = build(tmp_path, manifest_facts=facts(licenses=()))
     assert not (made.path / "LICENSE").exists()
-    assert "states none" in (made.path / "README.md").read_text()
+    assert "Ask its publisher" in (made.path / "README.md").read_text()
 
 
 def test_somebodys_folder_is_not_replaced(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     assert "ratio 0.5" in row(result, "quantization")
     assert "onnxruntime >=1.30" in row(result, "packages")
     assert "hf://org/tiny at cccc" in row(result, "source model")
+    assert row(result, "command").endswith(f"enginewright generate {made.path}")
+    assert row(result, "tokenizer").endswith("18 B")
     assert "[batch, sequence]" in row(result, "input_ids")
     assert row(result, "graph").split()[1] == "model.onnx"
     assert "parity: passed on 8 held-out samples" in result.stdout
