@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_an_editor_accepts_what_the_parser_accepts(
             if not isinstance(inner.get(section), dict):
                 inner[section] = {}
             inner = inner[section]
-        inner[last] = value
+        inner[last] = copy.deepcopy(value)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder(tmp_path_factory.mktemp("recipe")))
         try:
