@@ -20,7 +20,8 @@ from pipeline.plain import to_plain
 from pipeline.recipe import Data, Model, Package, Parity, Recipe
 from tests.recipes import MINIMAL, RUNTIMES, Options, Quantize, folder, load, options_of
 
-GOLDEN = Path(__file__).parent / "golden" / "errors"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "errors"
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +205,13 @@ def test_paths_stay_as_written_and_resolve_beside_the_recipe(tmp_path: Path, mon
 def test_sources_that_are_taken(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load(MINIMAL, f"model.source={source}").model.source == source
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipes(file: Path) -> None:
+    from pipeline.cli.prepare import read as read_as_build_does
+
+    assert read_as_build_does(file).targets
 
 
 # --- overrides ---------------------------------------------------------------------------------------------------

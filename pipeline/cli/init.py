@@ -28,7 +28,13 @@ FAST_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "dotprod", "avx2", "
 
 @click.command()
 @click.argument("model")
-@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
+@click.option(
+    *("--output", "-o"),
+    type=click.Path(path_type=Path),
+    default=Path("recipe.yaml"),
+    show_default=True,
+    help="The file to write.",
+)
 @click.option("--name", help="Name of the artifacts. Default: the model's.")
 @click.option("--data", type=FILE, help="Held-out data that the engines are judged on.")
 @click.option("--calibration", type=FILE, help="Data for quantization that calibrates.")
