@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from pipeline.digest import sha256_of
 from pipeline.hardware import Hardware, facts
 from pipeline.plain import to_plain
 from pipeline.step import Stage, Step
-from pipeline.store import Store
 
 Versions = Callable[[str, str], str]
 """(distribution, toolchain) -> version; raises UnavailableError when it is not installed."""
@@ -81,48 +80,3 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
                 else PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, (target,))
             )
     return Plan(tuple(merged.values()), names)
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether a step's result is there, and if not, why not."""
-
-    step: PlannedStep
-    hit: bool
-    reason: str
-    size_bytes: int
-
-
-def status(plan: Plan, store: Store, last: Mapping[str, str]) -> Iterator[Status]:
-    """Hit or miss for every step, with the reason for a miss; `last` is `Store.last` of this recipe."""
-    for step in plan.steps:
-        entry = store.get(step.key)
-        if entry:
-            yield Status(step, True, "", entry.size_bytes)
-        else:
-            yield Status(step, False, store.corrupt.get(step.key) or _reason(step, store, last), 0)
-
-
-def _reason(step: PlannedStep, store: Store, last: Mapping[str, str]) -> str:
-    before = store.key_text(last.get(f"{step.targets[0]}/{step.name}", ""))
-    if before is None:
-        return "not built yet"
-    old, new = dict(_flat(before)), dict(_flat(step.key_text))
-    changes = [
-        f"{path} {old.get(path, '(none)')} -> {new.get(path, '(none)')}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith("needs.")
-    ]
-    changes += [f"{role} changed" for role in step.needs if old.get(f"needs.{role}") != new.get(f"needs.{role}")]
-    return "; ".join(changes) or "its result was removed"
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
-        for index, inner in enumerate(value):
-            yield from _flat(inner, f"{prefix}.{index}")
-    else:
-        yield prefix, list(value) if isinstance(value, tuple) else value

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.hardware import Hardware, probe
-from pipeline.plan import plan, status
+from pipeline.plan import plan
+from pipeline.run.status import status
 from pipeline.step import Step
 from pipeline.store import Store
 from tests.fakes import TOOLED, WRITE, Write

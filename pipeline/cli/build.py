@@ -21,8 +21,8 @@ from pipeline.cli.prepare import Prepared, prepare
 from pipeline.errors import GateError
 from pipeline.hardware import probe
 from pipeline.parity import gates
-from pipeline.plan import Status, status
 from pipeline.run.local import Event, Runner
+from pipeline.run.status import Status, status
 from pipeline.store import Entry, Store, open_store
 
 FOLDER = click.Path(path_type=Path)
