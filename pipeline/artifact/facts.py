@@ -25,9 +25,9 @@ from pipeline.artifact.manifest import (
 from pipeline.digest import FileDigest, sha256_of, sha256_tree
 from pipeline.hardware import Hardware
 from pipeline.parity.gates import Verdict
-from pipeline.pin import Source as Pinned
 from pipeline.plain import to_plain
 from pipeline.plan import Plan, PlannedStep
+from pipeline.source import Source as Pinned
 from pipeline.store import Entry
 from pipeline.targets import Job, load
 
