@@ -176,7 +176,7 @@ def type_text(tp: Any, about: Any) -> str:
 def cli_page() -> str:
     """The help of every command."""
     # Children inherit width and help options from the context of the whole command, as they do when it runs.
-    width = {"terminal_width": HELP_WIDTH, "max_content_width": HELP_WIDTH}
+    width: dict[str, Any] = {"terminal_width": HELP_WIDTH, "max_content_width": HELP_WIDTH}
     with click.Context(cli, info_name="enginewright", **width, **cli.context_settings) as root:
         parts = [GENERATED, "# Commands", help_block(root)]
         for verb in VERBS:

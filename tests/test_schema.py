@@ -69,10 +69,9 @@ def test_there_are_shipped_recipes() -> None:
     assert SHIPPED and "copy" in targets.names()
 
 
-@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.yaml")), ids=lambda file: file.stem)
-def test_broken_recipes_do_not_fit(file: Path) -> None:
-    if file.stem in UNSEEN:
-        pytest.skip("a schema does not see this")
+@pytest.mark.parametrize("name", sorted({file.stem for file in GOLDEN.glob("*.yaml")} - UNSEEN))
+def test_broken_recipes_do_not_fit(name: str) -> None:
+    file = GOLDEN / f"{name}.yaml"
     assert problems(as_data(file.read_text(encoding="utf-8")))
 
 

@@ -32,13 +32,14 @@ HELP = {
     "cannot start any token": "indent with spaces, not tabs; put text that starts with @ ` or % in quotes",
     "could not find expected ':'": "a field is written `name: value`",
     "did not find expected key": "check the indentation against the lines above",
+    "<block end>": "check the indentation against the lines above",
     "did not find expected '-'": "check the indentation against the lines above",
-    "did not find expected ',' or ']'": "a list is written `[a, b]`",
-    "did not find expected ',' or '}'": "a mapping is written `{a: 1, b: 2}`",
+    "expected ',' or ']'": "a list is written `[a, b]`",
+    "expected ',' or '}'": "a mapping is written `{a: 1, b: 2}`",
     "unexpected end of stream": "a quote that was opened is not closed",
     "unknown escape": "write \\\\ for a backslash, or use single quotes",
 }
-"""What to do about the parser's commonest complaints, by a part of their text."""
+"""What to do about the commonest complaints of the C and the Python parser, by a part of their text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class _Builder:
         place, before = self.place(event), self.nodes
         if NOT_TEXT.search(event.value):
             raise UnreadableError(Problem(place, f"{shown(event.value)} holds a control character", "remove it"))
-        # The C parser says None for plain text where the Python one says "".
+        # Plain text has the style "" in the C parser and None in the Python one.
         self.add(Scalar(place, event.value, not event.style), event.anchor, before)
 
     def close(self) -> None:
