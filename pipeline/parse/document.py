@@ -23,7 +23,8 @@ LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 NOT_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
-# The C parser is 17 times faster (0.012 s for 1000 targets). The Base loaders resolve no types: the recipe's own types say what a scalar is.
+# The C parser is 17 times faster (0.012 s for 1000 targets). The Base loaders resolve no types: the recipe's own
+# types say what a scalar is.
 Loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 HELP = {
