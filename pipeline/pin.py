@@ -69,13 +69,15 @@ def pin(
     locked: bool = False,
     offline: bool = False,
     update: bool = False,
+    write: bool = True,
     progress: Progress = silent,
 ) -> Locked:
     """Pin the sources of a recipe that lies at `recipe_path`; write `<its stem>.lock` if it changed.
 
     A hub model is taken from the lock without asking the hub, as long as the recipe names the same source. Local files
     are digested (known ones are not read again). `locked`: nothing may differ from the lock, which is not written.
-    `offline`: the hub is not asked. `update`: the old lock does not count. `progress` counts bytes of the model. Raises
+    `offline`: the hub is not asked. `update`: the old lock does not count. `write`: False leaves the lock as it is, for a
+    one-off override of a source. `progress` counts bytes of the model. Raises
     RecipeError, NetworkError, UnavailableError, VerificationError.
     """
     if locked and update:
@@ -113,7 +115,7 @@ def pin(
     note = ""
     if locked:
         lock.compare(where, old, new)
-    else:
+    elif write:
         note = lock.write(where, new, needed=model.revision is not None)
     return Locked(model, config, data, cache, offline, note)
 

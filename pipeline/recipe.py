@@ -56,7 +56,9 @@ class Model:
     """Which checkpoint to build from."""
 
     source: str = option(
-        doc="A local folder (relative to the recipe) or `hf://org/name[@revision]`.", example="models/pydoc-llama"
+        doc="A local folder (relative to the recipe), `hf://org/name[@revision]`, or `package://module/folder` for a model "
+        "that an installed Python package carries.",
+        example="hf://org/name@main",
     )
     task: Task | None = option(None, "What the model does. Inferred from config.json when not given.")
     trust_remote_code: bool = option(

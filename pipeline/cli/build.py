@@ -72,6 +72,8 @@ def build(
     store = open_store(root)
     try:
         prepared = prepare(recipe, store, overrides=overrides, only=only, locked=locked, offline=offline, update=update)
+        if prepared.job.sources.note:
+            click.echo(f"note: {prepared.job.sources.note}", err=True)
         last = store.last(_memory(prepared))
         states = list(status(prepared.plan, store, last))
     except Exception as error:

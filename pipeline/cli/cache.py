@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import click
 
 from pipeline.errors import RecipeError, VerificationError
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -69,7 +70,20 @@ def gc(root: Path | None, older_than: str, max_size: str | None) -> None:
     store = open_store(root)
     limit = size(max_size) if max_size else None
     removed = store.gc(older_than_s=duration(older_than), max_bytes=limit)
+    if limit is None:
+        removed += downloads(store, duration(older_than))
     click.echo(f"removed {len(removed)} results, {sum(bytes_ for _, bytes_ in removed) / 1e6:.1f} MB")
+
+
+def downloads(store: Store, older_than_s: float) -> list[tuple[str, int]]:
+    """Remove what was kept of downloads, and the pieces of those that broke off."""
+    removed = []
+    folder = store.root / "sources"
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.is_file() and time.time() - path.stat().st_mtime >= older_than_s:
+            removed.append((path.name, path.stat().st_size))
+            path.unlink(missing_ok=True)
+    return removed
 
 
 @cache.command()

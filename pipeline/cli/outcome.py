@@ -196,5 +196,5 @@ def tell_github(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> None
             handle.write("\n".join(lines) + "\n")
     if output := os.environ.get("GITHUB_OUTPUT"):
         with Path(output).open("a", encoding="utf-8") as handle:
-            for name, each in made.items():
-                handle.write(f"artifact_id_{name}={each.artifact_id}\nartifact_{name}={each.path}\n")
+            for name, artifact in made.items():
+                handle.write(f"artifact_id_{name}={artifact.artifact_id}\nartifact_{name}={artifact.path}\n")

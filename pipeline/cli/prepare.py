@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from pipeline import hardware as machines
 from pipeline import targets
@@ -18,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.run import toolchain
 from pipeline.stages.tasks import kind_of, task_of
 from pipeline.store import Store
-from pipeline.targets import Job
+from pipeline.targets import Job, Kind
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ def prepare(
 ) -> Prepared:
     """Read, pin and plan. Raises before anything runs for whatever can be known before anything runs."""
     recipe = read(path, overrides, only)
-    sources = pin(recipe, path, locked=locked, offline=offline, update=update, cache=store.root)
+    # A one-off source must not cost the recipe its pin.
+    write = not any(each.startswith(("model", "calibration", "parity")) for each in overrides)
+    sources = pin(recipe, path, locked=locked, offline=offline, update=update, write=write, cache=store.root)
     names = [file.path for file in sources.model.files]
     task = recipe.model.task or task_of(sources.config, names, recipe.model.source)
-    job = Job(recipe=recipe, sources=sources, task=task, kind=kind_of(task), config=sources.config)
+    job = Job(recipe=recipe, sources=sources, task=task, kind=cast(Kind, kind_of(task)), config=sources.config)
     steps, hardware = {}, {}
     for name, options in recipe.targets.items():
         hardware[name] = machines.load(options.hardware)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from pipeline.recipe import Task
 from pipeline.stages import golden, measure, reference
 from pipeline.step import Stage, Step
 from pipeline.targets import Job
@@ -26,7 +27,7 @@ def reference_steps(job: Job) -> tuple[Step, ...]:
     data = (*fetch_data(job, "parity-data"), *fetch_data(job, "prompts"))
     needs = {"model": "model", **{step.name.removeprefix("parity-"): step.name for step in data}}
     options = reference.ReferenceOptions(
-        task=job.task,
+        task=cast(Task, job.task),
         samples=parity.data.samples if parity.data else 8,
         length=parity.data.length if parity.data else 64,
         prompt_count=parity.prompt_count,

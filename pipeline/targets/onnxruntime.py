@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict
-from pipeline.recipe import TargetOptions, option
+from pipeline.recipe import Task, TargetOptions, option
 from pipeline.stages import measure, onnx_fused, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
@@ -87,8 +87,8 @@ def _export(job: Job, options: Options) -> Step:
             raise problem
         return Step("export", onnx_fused.STAGE, onnx_fused.FusedOptions(), {"model": "model"})
     told = onnx_torch.TorchExportOptions(
-        task=job.task,
-        trust_remote_code=job.recipe.model.trust_remote_code,  # type: ignore[arg-type]
+        task=cast(Task, job.task),
+        trust_remote_code=job.recipe.model.trust_remote_code,
     )
     return Step("export", onnx_torch.STAGE, told, {"model": "model"})
 
