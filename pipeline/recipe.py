@@ -83,7 +83,10 @@ class Parity:
 
     data: Data | None = option(None, "Held-out data. Without it the reference uses seeded random inputs.")
     prompts: str | None = option(
-        None, "JSONL with `prompt` or `messages`, for the comparison of greedy continuations.", path=True
+        None,
+        "JSONL with `prompt` or `messages`, for the comparison of greedy continuations.",
+        path=True,
+        example="data/prompts.jsonl",
     )
     prompt_count: int = option(8, "How many prompts are continued.", ge=1)
     new_tokens: int = option(32, "How far each prompt is continued.", unit="tokens", ge=1)

@@ -50,7 +50,7 @@ def doctor(recipe: Path | None, root: Path | None, form: str) -> None:
         },
         "store": {"path": str(store.root), "free_bytes": preflight.free(store.root)},
         "packages": {name: version for name in SHOWN if (version := _version(name))},
-        "runtimes": [_runtime(name) for name in targets.names()],
+        "runtimes": [runtime_state(name) for name in targets.names()],
         "toolchains": {name: _toolchain(name) for name in toolchain.names()},
     }
     problems: list[str] = []
@@ -68,7 +68,8 @@ def _version(name: str) -> str:
         return ""
 
 
-def _runtime(name: str) -> dict[str, Any]:
+def runtime_state(name: str) -> dict[str, Any]:
+    """Whether a backend's packages are installed, and if not, the command that installs them."""
     try:
         extra = targets.load(name).EXTRA
     except UnavailableError as error:
@@ -138,8 +139,8 @@ def _text(found: Mapping[str, Any]) -> str:
         lines += ["", f"{recipe['path']}: {recipe['reason']}"]
         if "steps" in recipe:
             lines.append(
-                f"  {len(recipe['targets'])} targets, {recipe['steps']} steps, "
-                f"about {megabytes(recipe['disk_need_bytes'])} of disk and {megabytes(recipe['memory_need_bytes'])} of memory"
+                f"  {len(recipe['targets'])} targets, {recipe['steps']} steps, about "
+                f"{megabytes(recipe['disk_need_bytes'])} of disk and {megabytes(recipe['memory_need_bytes'])} of memory"
             )
     return "\n".join(lines)
 

@@ -128,12 +128,12 @@ def _name(model: str) -> str:
 def _targets(kind: str, host: Hardware) -> dict[str, tuple[type, Values, str]]:
     """Name -> Options, values and the reason, for what this host can build and run."""
     from pipeline import targets
-    from pipeline.cli.doctor import _runtime
+    from pipeline.cli.doctor import runtime_state
 
     found: dict[str, tuple[type, Values, str]] = {}
     missing = []
     for runtime in targets.names():
-        state = _runtime(runtime)
+        state = runtime_state(runtime)
         if not state["ok"]:
             missing.append(f"{runtime}: {state['reason']}")
         elif runtime != "copy":

@@ -46,7 +46,7 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
         targets.names(),
         overrides,
         hardware=machines.names(),
-        metrics=tuple(gates.metrics()),
+        metrics=tuple(name for name, metric in gates.metrics().items() if metric.direction),
     )
     if unknown := [name for name in only if name not in recipe.targets]:
         raise RecipeError(f"{path} has no target {unknown[0]!r}", hint=f"its targets: {', '.join(recipe.targets)}")
