@@ -74,7 +74,7 @@ def runtime_state(name: str) -> dict[str, Any]:
         extra = targets.load(name).EXTRA
     except UnavailableError as error:
         return {"runtime": name, "ok": False, "reason": error.message}
-    missing = [each for each in _needed(extra) if not _version(each)]
+    missing = [each for each in _needed(extra) if not any(map(_version, (each, f"{each}-gpu", f"{each}-cuda")))]
     reason = f"missing {', '.join(missing)}: pip install 'enginewright[{extra}]'" if missing else "installed"
     return {"runtime": name, "ok": not missing, "reason": reason}
 
