@@ -12,6 +12,8 @@ from pipeline.errors import EnginewrightError, StageError, UnavailableError
 from pipeline.hardware import Hardware
 from pipeline.store import Store
 
+TORCH_BYTES = 400_000_000
+"""What a process with torch and transformers holds before it has loaded a weight (measured: 390 MB)."""
 REFERENCE_COPIES = 1.6
 """Peak memory of the fp32 reference in torch, as a multiple of the fp32 weights."""
 SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.28, "fp8": 0.28, "int4": 0.17}
@@ -28,7 +30,7 @@ def need(prepared: Prepared) -> tuple[int, int]:
     shares = sum(SHARES.get(precision, stored / 4) for precision in precisions)
     # A quantized engine is held against an unquantized one first.
     shares += any(precision in ("int8", "int4") for precision in precisions) and "fp32" not in precisions
-    return weights + int(fp32 * shares), int(fp32 * REFERENCE_COPIES)
+    return weights + int(fp32 * shares), TORCH_BYTES + int(fp32 * REFERENCE_COPIES)
 
 
 def free(path: Path) -> int:
