@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.engine import Array
 from pipeline.targets.ort_session import Graph, as_float32
 
-_LOGITS_BYTES = 128 << 20  # of one prefill chunk: a graph gives the logits of every token that it reads
+_LOGITS_BYTES = 64 << 20  # of one prefill chunk: a graph gives the logits of every token that it reads
 _SHORTEST_CHUNK = 128  # tokens: below, reading the weights again costs more than the logits' memory is worth
 
 

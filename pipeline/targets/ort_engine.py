@@ -34,12 +34,10 @@ def open_engine(folder: Path, settings: Mapping[str, Any] | None = None) -> Engi
         kind = engine["kind"]
         if kind == "encoder":
             return OrtModel(graphs["model"])
-        shape = Shape.read(engine["decoder"])
         if kind == "decoder":
-            return OrtDecoder(graphs["model"], shape)
+            return OrtDecoder(graphs["model"], Shape.read(engine["decoder"]))
         if kind == "seq2seq":
-            # Speech is generated from inputs by name, which is more than the protocol asks for.
-            return OrtSeq2Seq(graphs["encoder"], graphs["decoder"], shape)
+            return OrtSeq2Seq(graphs["encoder"], graphs["decoder"], Shape.read(engine["decoder"]))
     except (KeyError, TypeError) as error:
         raise StageError(
             f"{folder / 'engine.json'}: field {error} is missing or wrong", hint="build it again"
