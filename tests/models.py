@@ -112,7 +112,8 @@ def _encoder(path: Path, name: str, task: str, seed: int, over: dict[str, Any]) 
     _seeded(seed)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 130, "type_vocab_size": 2, "num_labels": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 130, "type_vocab_size": 2,
+        "num_labels": 2 if task == "question-answering" else 3,
         "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.1,
     }  # fmt: skip
     config = getattr(transformers, f"{name}Config")(**(settings | over))
