@@ -9,7 +9,7 @@ the vocabulary. What each number means, with its unit, is in `pipeline/data/gate
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +51,8 @@ def score(reference: Array, candidate: Array, token_ids: Array, mask: Array, sta
     scored = np.flatnonzero(mask[start : start + len(reference)]).astype(np.int64)
     follows = np.append(mask[1:], 0).astype(bool)
     labels = np.append(token_ids[1:], 0).astype(np.int64)
-    parts = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
-    klds, ranks, nlls_reference, nlls = parts
+    klds, nlls_reference, nlls = [np.empty(0)], [np.empty(0)], [np.empty(0)]
+    ranks = [np.empty(0, np.int64)]
     nonfinite = 0
     rows = max(1, _BLOCK // reference.shape[1])
     for first in range(0, len(scored), rows):
@@ -68,8 +68,14 @@ def score(reference: Array, candidate: Array, token_ids: Array, mask: Array, sta
         label = labels[block + start][known]
         nlls_reference.append(-logp[known, label])
         nlls.append(-logq[known, label])
-    kld, rank, nll_reference, nll = (np.concatenate(part) for part in parts)
-    return Scores(scored + start, kld, rank, nll_reference, nll, nonfinite)
+    return Scores(
+        positions=scored + start,
+        kld=np.concatenate(klds),
+        rank=np.concatenate(ranks),
+        nll_reference=np.concatenate(nlls_reference),
+        nll=np.concatenate(nlls),
+        nonfinite=nonfinite,
+    )
 
 
 def summarise(samples: Iterable[Scores]) -> dict[str, float]:
@@ -83,7 +89,7 @@ def summarise(samples: Iterable[Scores]) -> dict[str, float]:
     rank = np.concatenate([scores.rank for scores in all_scores] or [np.empty(0, np.int64)])
     nll_reference = np.concatenate([scores.nll_reference for scores in all_scores] or [np.empty(0)])
     nll = np.concatenate([scores.nll for scores in all_scores] or [np.empty(0)])
-    out: dict[str, float] = {}
+    out: dict[str, Any] = {}
     with np.errstate(all="ignore"):
         if len(kld):
             p50, p99, p999 = np.quantile(kld, (0.5, 0.99, 0.999))

@@ -65,6 +65,9 @@ def judge(
         found = _judge_logits(stored, run, progress)
         _judge_greedy(stored, engine, run, found)
     found.metrics["padding_max_abs"] = _padding(stored, run, max(2, batch))
+    if found.metrics["nonfinite"]:
+        # An engine that gives NaN passes nothing, not even where its continuation happens to be right.
+        found.metrics = dict.fromkeys(found.metrics, math.nan) | {"nonfinite": found.metrics["nonfinite"]}
     return found
 
 
@@ -89,7 +92,8 @@ class _Runner:
                     hint="the export and the reference disagree on the model's inputs: report it",
                 )
             inputs = {name: inputs[name] for name in inputs if name in self.accepts}
-        return _guarded(lambda: self.engine.run(inputs), where)
+        found: Mapping[str, Array] = _guarded(lambda: self.engine.run(inputs), where)
+        return found
 
 
 def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement:
@@ -184,8 +188,9 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
                     side.append(array if array.ndim == 1 else array.mean(axis=0))
         own = [rows[name][-1] for name in judged]
         values = similarity.summarise(own)
-        shown = {name: values[name] for name in ("cosine_min", "max_abs_error", "top1") if name in values}
-        out.samples.append({"sample": index, **finite(shown)})
+        out.samples.append(
+            {"sample": index, **finite({name: values[name] for name in ("cosine_min", "max_abs_error")})}
+        )
         for name, part in zip(judged, own, strict=True):
             if part.nonfinite:
                 _keep_worst(out.worst, "nonfinite", part.nonfinite, sample=index, output=name)
@@ -195,9 +200,12 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
                 _keep_worst(out.worst, "cosine", 1 - float(part.cosine[at]), sample=index, output=name, row=at, **ids)
     if "cosine" in out.worst:
         out.worst["cosine"]["value"] = 1 - out.worst["cosine"]["value"]
-    out.outputs = {name: similarity.summarise(parts) for name, parts in rows.items()}
     out.metrics = similarity.summarise([part for name in judged for part in rows[name]])
+    out.outputs = {name: similarity.summarise(parts) for name, parts in rows.items()}
     out.rows = sum(len(part.cosine) for name in judged for part in rows[name])
+    if stored.task == "feature-extraction":
+        for values in (out.metrics, *out.outputs.values()):
+            del values["top1"]  # where an embedding is largest means nothing
     # A broken output fails the engine even where another one is judged.
     out.metrics["nonfinite"] = sum(values["nonfinite"] for values in out.outputs.values())
     if embeddings[0]:
@@ -210,30 +218,20 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
 
 def _padding(stored: Stored, run: _Runner, batch: int) -> float:
     """The largest difference between samples that run together, padded, and each alone."""
-    alone, together = [], {}
-    if stored.kind == "decoder":
-        longest = min(_PADDED_LENGTH, max(stored.length("input_ids", i) or 0 for i in range(stored.samples)))
-        ids, mask = np.zeros((batch, longest), np.int64), np.zeros((batch, longest), np.int64)
-        for row in range(batch):
-            sample = stored.inputs(row % stored.samples)["input_ids"][:, : max(1, longest * (batch - row) // batch)]
-            ids[row, longest - sample.shape[1] :], mask[row, longest - sample.shape[1] :] = sample, 1
-            alone.append({"input_ids": sample, "attention_mask": np.ones_like(sample)})
-        together = {"input_ids": ids, "attention_mask": mask}
-    else:
-        alone = [stored.inputs(row % stored.samples) for row in range(batch)]
-        for name in alone[0]:
-            longest = max(sample[name].shape[1] for sample in alone)
-            rest = alone[0][name].shape[2:]
-            together[name] = np.zeros((batch, longest, *rest), alone[0][name].dtype)
-            for row, sample in enumerate(alone):
-                together[name][row, : sample[name].shape[1]] = sample[name][0]
+    alone, together = (_padded_decoder if stored.kind == "decoder" else _padded_right)(stored, batch)
     got = run(together, f"{batch} samples together")
-    names = [name for name in stored.outputs if name in got]
     largest = 0.0
     for row, sample in enumerate(alone):
         single = run(sample, "a sample alone")
-        for name in names:
-            whole, part = np.asarray(got[name][row], np.float64), np.asarray(single[name][0], np.float64)
+        for name in stored.outputs:
+            if name not in got:
+                continue
+            if len(got[name]) != batch:
+                raise StageError(
+                    f"the engine's '{name}' has {len(got[name])} rows for a batch of {batch}",
+                    hint="the export fixed the batch size: report it",
+                )
+            part, whole = np.asarray(_output(single, name)[0], np.float64), np.asarray(got[name][row], np.float64)
             if stored.length(name, 0) is not None:
                 whole = whole[-len(part) :] if stored.kind == "decoder" else whole[: len(part)]
             _same_shape(whole[None], part.shape, name)
@@ -241,6 +239,34 @@ def _padding(stored: Stored, run: _Runner, batch: int) -> float:
                 gap = np.where(whole == part, 0.0, np.abs(whole - part))
             largest = float(np.maximum(largest, gap.max(initial=0.0)))  # NaN stays NaN
     return largest
+
+
+_Batches = tuple[list[dict[str, Array]], dict[str, Array]]
+"""The samples alone, each a batch of one, and all of them in one padded batch."""
+
+
+def _padded_decoder(stored: Stored, batch: int) -> _Batches:
+    """Starts of samples, each shorter than the one before, padded on the left."""
+    longest = min(_PADDED_LENGTH, max(stored.length("input_ids", i) or 0 for i in range(stored.samples)))
+    ids, mask = np.zeros((batch, longest), np.int64), np.zeros((batch, longest), np.int64)
+    alone = []
+    for row in range(batch):
+        start = stored.inputs(row % stored.samples)["input_ids"][:, : max(1, longest * (batch - row) // batch)]
+        ids[row, longest - start.shape[1] :], mask[row, longest - start.shape[1] :] = start, 1
+        alone.append({"input_ids": start, "attention_mask": np.ones_like(start)})
+    return alone, {"input_ids": ids, "attention_mask": mask}
+
+
+def _padded_right(stored: Stored, batch: int) -> _Batches:
+    """Whole samples of their own lengths, padded on the right."""
+    alone = [stored.inputs(row % stored.samples) for row in range(batch)]
+    together = {}
+    for name, first in alone[0].items():
+        longest = max(sample[name].shape[1] for sample in alone)
+        together[name] = np.zeros((batch, longest, *first.shape[2:]), first.dtype)
+        for row, sample in enumerate(alone):
+            together[name][row, : sample[name].shape[1]] = sample[name][0]
+    return alone, together
 
 
 def _judged(stored: Stored, got: Mapping[str, Array]) -> tuple[str, ...]:

@@ -33,10 +33,11 @@ class Pooling:
 
     def __call__(self, tokens: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """[T, H] without padding -> [H]."""
-        vector = tokens[0] if self.mode == "cls" else tokens.mean(axis=0, dtype=np.float64)
+        vector: npt.NDArray[Any] = tokens[0] if self.mode == "cls" else tokens.mean(axis=0, dtype=np.float64)
         if self.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        return vector.astype(np.float32)
+        result: npt.NDArray[np.float32] = vector.astype(np.float32)
+        return result
 
 
 def read_pooling(folder: Path) -> Pooling | None:
@@ -49,11 +50,13 @@ def read_pooling(folder: Path) -> Pooling | None:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise RecipeError(
             f"modules.json: modules {', '.join(kinds)} are not supported",
-            hint="Transformer, Pooling and an optional Normalize are; remove modules.json to build the token vectors only",
+            hint="Transformer, Pooling and an optional Normalize are; without modules.json the token vectors are built",
         )
     relative = PurePosixPath(str(modules[1]["path"]))
     if relative.is_absolute() or ".." in relative.parts:
-        raise RecipeError(f"modules.json: the path {relative} leaves the folder", hint="name a folder inside the model's")
+        raise RecipeError(
+            f"modules.json: the path {relative} leaves the folder", hint="name a folder inside the model's"
+        )
     config = _json(folder / relative / "config.json")
     mode = config.get("pooling_mode")
     if mode is None:

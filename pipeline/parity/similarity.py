@@ -98,7 +98,8 @@ def cosine(a: Floats, b: Floats) -> Floats:
         ratio = dot / (norm_a * norm_b)
     empty = (norm_a == 0) | (norm_b == 0)
     alike = ((norm_a == 0) & (norm_b == 0)).astype(np.float64)
-    return np.clip(np.where(empty, alike, ratio), -1.0, 1.0)
+    result: Floats = np.clip(np.where(empty, alike, ratio), -1.0, 1.0)
+    return result
 
 
 def _similarities(vectors: Array) -> Floats:

@@ -50,7 +50,9 @@ def run(inputs: Inputs, options: MeasureOptions, out: Path, progress: Progress) 
 
 def report(stored: Stored, found: Judgement, engine_dir: Path) -> dict[str, Any]:
     """The report as a JSON document. `worst` gets its text where the engine's folder has a tokenizer."""
-    worst = {kind: {**entry, "value": finite(entry)["value"]} for kind, entry in _with_text(found.worst, engine_dir)}
+    worst = {
+        kind: {**entry, **finite({"value": entry["value"]})} for kind, entry in _with_text(found.worst, engine_dir)
+    }
     document = {
         "kind": stored.kind,
         "task": stored.task,
@@ -65,7 +67,10 @@ def report(stored: Stored, found: Judgement, engine_dir: Path) -> dict[str, Any]
 
 
 def open_engine(opener: str, folder: Path, settings: Mapping[str, Any]) -> Engine:
-    """Call `module:function` on a folder, and the settings if any. UnavailableError when the module, or a package that it needs, is missing."""
+    """Call `module:function` on a folder, and the settings if any.
+
+    Raises UnavailableError when the module, or a package that it needs, is missing.
+    """
     module, _, name = opener.partition(":")
     try:
         function: Callable[..., Engine] = getattr(importlib.import_module(module), name)

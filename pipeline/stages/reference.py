@@ -110,7 +110,8 @@ def forward(reference: Reference, sample: Mapping[str, Array], pooling: Pooling 
         result = reference.model(**_batch(sample), **without_cache)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise StageError(
-            f"the model failed on {where}: {error}", hint="run it in transformers to see whether the checkpoint is whole"
+            f"the model failed on {where}: {error}",
+            hint="run it in transformers to see whether the checkpoint is whole",
         ) from error
     found = {name: getattr(result, name)[0].float().numpy() for name in names.get(reference.task, ("logits",))}
     if pooling is not None:
@@ -168,9 +169,7 @@ def _write_outputs(
 ) -> tuple[list[str], dict[str, list[int]]]:
     """Run every sample; returns the names of the outputs and the lengths of all arrays that are padded."""
     pooling = read_pooling(reference.folder) if reference.task == "feature-extraction" else None
-    lengths = {
-        name: [len(sample[name]) for sample in samples] for name in samples[0] if name not in given.NOT_TEXT
-    }
+    lengths = {name: [len(sample[name]) for sample in samples] for name in samples[0] if name not in given.NOT_TEXT}
     tokens = lengths.get("decoder_input_ids", lengths.get("input_ids"))
     writers: dict[str, NpyWriter] = {}
     with ExitStack() as stack:

@@ -169,9 +169,7 @@ def prompts(
     else:
         rng = np.random.Generator(np.random.PCG64([options.seed, 1]))
         sizes = rng.integers(min(4, options.length), min(_PROMPT_TOKENS, options.length) + 1, size=count)
-        found = [
-            text.random_ids(rng, int(size), reference.vocab_size, reference.special).tolist() for size in sizes
-        ]
+        found = [text.random_ids(rng, int(size), reference.vocab_size, reference.special).tolist() for size in sizes]
     longest, limit = max(map(len, found)), reference.positions
     needed = longest + options.new_tokens if decoder else longest
     if limit is not None and needed > limit:

@@ -169,7 +169,9 @@ def random_ids(rng: np.random.Generator, length: int, vocab_size: int, excluded:
     """[length] token ids, uniform over the vocabulary without `excluded`: pad and end tokens have side effects."""
     allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int64), np.array(sorted(set(excluded)), np.int64))
     if not len(allowed):
-        raise RecipeError(f"a vocabulary of {vocab_size} tokens leaves none to draw from", hint="give data to the recipe")
+        raise RecipeError(
+            f"a vocabulary of {vocab_size} tokens leaves none to draw from", hint="give data to the recipe"
+        )
     return rng.choice(allowed, size=length)
 
 

@@ -52,7 +52,8 @@ class Bigram:
 
     def greedy(self, last: int, count: int, eos: Sequence[int]) -> Iterator[tuple[int, float]]:
         for _ in range(count):
-            logp = log_softmax(self.table[last].astype(np.float64))
+            with np.errstate(all="ignore"):
+                logp = log_softmax(self.table[last].astype(np.float64))
             last = int(np.argsort(logp)[-2 if self.settings.get("flip") else -1])
             yield last, float(logp[last]) + self.settings.get("decode_bug", 0)
             if last in eos:
