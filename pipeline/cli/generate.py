@@ -63,7 +63,7 @@ def generate(
     from pipeline.text import chat_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(artifact)
-    text = _stdin() if prompt == "-" else prompt
+    text = _text(prompt)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         text = chat_prompt(artifact, [*messages, {"role": "user", "content": text}])
@@ -151,11 +151,14 @@ def _runtime(holder: Any, name: str, file: Path) -> str:
     return value
 
 
-def _stdin() -> str:
+def _text(prompt: str) -> str:
+    """The prompt, from stdin if it is `-`."""
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"stdin is not UTF-8: {error}", hint="convert it, for example with iconv") from error
+        # Python marks bytes that are not UTF-8 in arguments and stdin by half characters, which no tokenizer takes.
+        return sys.stdin.buffer.read().decode() if prompt == "-" else prompt.encode().decode()
+    except UnicodeError as error:
+        where = "stdin" if prompt == "-" else "the prompt"
+        raise RecipeError(f"{where} is not UTF-8: {error}", hint="convert it, for example with iconv") from error
 
 
 def _stream(
