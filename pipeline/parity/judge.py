@@ -7,7 +7,7 @@ check of padding then runs samples of unequal length together. Prompts are conti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.engine import Array, Engine, Sampling
-from pipeline.errors import EnginewrightError, StageError
+from pipeline.errors import StageError
 from pipeline.parity import divergence, similarity
+from pipeline.parity.padding import padding_gap
+from pipeline.parity.runner import Runner, guarded, output, same_shape
 from pipeline.parity.stored import Stored
 from pipeline.step import Progress, silent
 
 JUDGED = (("sentence_embedding",), ("start_logits", "end_logits"), ("logits",), ("last_hidden_state",))
 """Which outputs of an encoder its metrics are about: the first of these that the engine gives."""
 
-_PADDED_LENGTH = 64  # tokens of the longest sample in the check of padding
 _DECODE_CHECKED = 2  # prompts whose decode path is compared with a forward pass
 _CONTEXT = 12  # tokens that `worst` shows
 
@@ -58,13 +59,13 @@ def judge(
     `accepts` names the inputs that the engine takes (its interface); None passes all that are stored. Raises
     StageError when the engine fails, or when its outputs do not have the reference's names and shapes.
     """
-    run = _Runner(engine, None if stored.kind == "decoder" else accepts)
+    run = Runner(engine, None if stored.kind == "decoder" else accepts)
     if stored.kind == "encoder":
         found = _judge_encoder(stored, run, progress)
     else:
         found = _judge_logits(stored, run, progress)
         _judge_greedy(stored, engine, run, found)
-    found.metrics["padding_max_abs"] = _padding(stored, run, max(2, batch))
+    found.metrics["padding_max_abs"] = padding_gap(stored, run, max(2, batch))
     if found.metrics["nonfinite"]:
         # An engine that gives NaN passes nothing, not even where its continuation happens to be right.
         found.metrics = dict.fromkeys(found.metrics, math.nan) | {"nonfinite": found.metrics["nonfinite"]}
@@ -76,27 +77,7 @@ def finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-@dataclass
-class _Runner:
-    """Engine.run with the inputs chosen and the failures named."""
-
-    engine: Engine
-    accepts: Collection[str] | None
-
-    def __call__(self, inputs: Mapping[str, Array], where: str) -> Mapping[str, Array]:
-        if self.accepts is not None:
-            missing = sorted(set(self.accepts) - set(inputs))
-            if missing:
-                raise StageError(
-                    f"the engine takes the input '{missing[0]}', and the reference has {', '.join(inputs)}",
-                    hint="the export and the reference disagree on the model's inputs: report it",
-                )
-            inputs = {name: inputs[name] for name in inputs if name in self.accepts}
-        found: Mapping[str, Array] = _guarded(lambda: self.engine.run(inputs), where)
-        return found
-
-
-def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement:
+def _judge_logits(stored: Stored, run: Runner, progress: Progress) -> Judgement:
     out, scores = Judgement(), []
     tokens = "decoder_input_ids" if stored.kind == "seq2seq" else "input_ids"
     for index in range(stored.samples):
@@ -104,7 +85,7 @@ def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement
         inputs = stored.inputs(index)
         first, reference = stored.output("logits", index)
         ids = inputs[tokens][0]
-        got = _same_shape(_output(run(inputs, f"sample {index}"), "logits"), (len(ids), reference.shape[1]), "logits")
+        got = same_shape(output(run(inputs, f"sample {index}"), "logits"), (len(ids), reference.shape[1]), "logits")
         mask = inputs["attention_mask"][0] if stored.kind == "decoder" else np.ones_like(ids)
         score = divergence.score(reference, got[first : first + len(reference)], ids, mask, first)
         scores.append(score)
@@ -124,7 +105,7 @@ def _judge_logits(stored: Stored, run: _Runner, progress: Progress) -> Judgement
     return out
 
 
-def _judge_greedy(stored: Stored, engine: Engine, run: _Runner, out: Judgement) -> None:
+def _judge_greedy(stored: Stored, engine: Engine, run: Runner, out: Judgement) -> None:
     greedy = stored.greedy()
     if greedy is None or not greedy.tokens:
         return
@@ -138,7 +119,7 @@ def _judge_greedy(stored: Stored, engine: Engine, run: _Runner, out: Judgement) 
     sampling = Sampling(max_new_tokens=greedy.new_tokens, eos_token_ids=eos)
     answers: list[list[int]] = [[] for _ in greedy.tokens]
     logprobs: list[list[float]] = [[] for _ in greedy.tokens]
-    for token in _guarded(lambda: list(engine.generate(prompts, sampling)), "the greedy continuations"):
+    for token in guarded(lambda: list(engine.generate(prompts, sampling)), "the greedy continuations"):
         answers[token.prompt].append(int(token.token_id))
         logprobs[token.prompt].append(float(token.logprob))
     out.metrics.update(divergence.greedy(greedy.tokens, answers))
@@ -154,17 +135,17 @@ def _judge_greedy(stored: Stored, engine: Engine, run: _Runner, out: Judgement) 
         out.metrics["decode_max_abs"] = float(np.max(gaps))
 
 
-def _decode_gap(run: _Runner, prompt: list[int], answer: list[int], logprobs: list[float]) -> float:
+def _decode_gap(run: Runner, prompt: list[int], answer: list[int], logprobs: list[float]) -> float:
     """How far the log-probabilities of the decode path are from those of one forward pass over the same tokens."""
     ids = np.array([[*prompt, *answer]], np.int64)
-    logits = _output(run({"input_ids": ids, "attention_mask": np.ones_like(ids)}, "a continuation"), "logits")[0]
+    logits = output(run({"input_ids": ids, "attention_mask": np.ones_like(ids)}, "a continuation"), "logits")[0]
     rows = np.asarray(logits[len(prompt) - 1 : -1], np.float64)
     with np.errstate(all="ignore"):
         expected = divergence.log_softmax(rows)[np.arange(len(answer)), answer]
     return float(np.max(np.abs(expected - np.array(logprobs)), initial=0.0))
 
 
-def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgement:
+def _judge_encoder(stored: Stored, run: Runner, progress: Progress) -> Judgement:
     out = Judgement()
     rows: dict[str, list[similarity.Rows]] = {}
     embeddings: tuple[list[Array], list[Array]] = [], []
@@ -180,7 +161,7 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
             first, reference = stored.output(name, index)
             length = stored.length(name, index)
             shape = reference.shape if length is None else (length, *reference.shape[1:])
-            whole = _same_shape(_output(got, name), shape, name)
+            whole = same_shape(output(got, name), shape, name)
             candidate = whole[first : first + len(reference)] if length is not None else whole
             rows.setdefault(name, []).append(similarity.compare(reference, candidate))
             if stored.task == "feature-extraction" and name == judged[0]:
@@ -216,59 +197,6 @@ def _judge_encoder(stored: Stored, run: _Runner, progress: Progress) -> Judgemen
     return out
 
 
-def _padding(stored: Stored, run: _Runner, batch: int) -> float:
-    """The largest difference between samples that run together, padded, and each alone."""
-    alone, together = (_padded_decoder if stored.kind == "decoder" else _padded_right)(stored, batch)
-    got = run(together, f"{batch} samples together")
-    largest = 0.0
-    for row, sample in enumerate(alone):
-        single = run(sample, "a sample alone")
-        for name in stored.outputs:
-            if name not in got:
-                continue
-            if len(got[name]) != batch:
-                raise StageError(
-                    f"the engine's '{name}' has {len(got[name])} rows for a batch of {batch}",
-                    hint="the export fixed the batch size: report it",
-                )
-            part, whole = np.asarray(_output(single, name)[0], np.float64), np.asarray(got[name][row], np.float64)
-            if stored.length(name, 0) is not None:
-                whole = whole[-len(part) :] if stored.kind == "decoder" else whole[: len(part)]
-            _same_shape(whole[None], part.shape, name)
-            with np.errstate(all="ignore"):
-                gap = np.where(whole == part, 0.0, np.abs(whole - part))
-            largest = float(np.maximum(largest, gap.max(initial=0.0)))  # NaN stays NaN
-    return largest
-
-
-_Batches = tuple[list[dict[str, Array]], dict[str, Array]]
-"""The samples alone, each a batch of one, and all of them in one padded batch."""
-
-
-def _padded_decoder(stored: Stored, batch: int) -> _Batches:
-    """Starts of samples, each shorter than the one before, padded on the left."""
-    longest = min(_PADDED_LENGTH, max(stored.length("input_ids", i) or 0 for i in range(stored.samples)))
-    ids, mask = np.zeros((batch, longest), np.int64), np.zeros((batch, longest), np.int64)
-    alone = []
-    for row in range(batch):
-        start = stored.inputs(row % stored.samples)["input_ids"][:, : max(1, longest * (batch - row) // batch)]
-        ids[row, longest - start.shape[1] :], mask[row, longest - start.shape[1] :] = start, 1
-        alone.append({"input_ids": start, "attention_mask": np.ones_like(start)})
-    return alone, {"input_ids": ids, "attention_mask": mask}
-
-
-def _padded_right(stored: Stored, batch: int) -> _Batches:
-    """Whole samples of their own lengths, padded on the right."""
-    alone = [stored.inputs(row % stored.samples) for row in range(batch)]
-    together = {}
-    for name, first in alone[0].items():
-        longest = max(sample[name].shape[1] for sample in alone)
-        together[name] = np.zeros((batch, longest, *first.shape[2:]), first.dtype)
-        for row, sample in enumerate(alone):
-            together[name][row, : sample[name].shape[1]] = sample[name][0]
-    return alone, together
-
-
 def _judged(stored: Stored, got: Mapping[str, Array]) -> tuple[str, ...]:
     for names in JUDGED:
         if all(name in stored.outputs and name in got for name in names):
@@ -279,33 +207,6 @@ def _judged(stored: Stored, got: Mapping[str, Array]) -> tuple[str, ...]:
     )
 
 
-def _output(outputs: Mapping[str, Array], name: str) -> Array:
-    """One output of a batch of one, [1, ...], in a type that numpy computes with."""
-    if name not in outputs:
-        raise StageError(f"the engine gives {', '.join(outputs) or 'nothing'}, not '{name}'", hint="report it")
-    return np.asarray(outputs[name])
-
-
-def _same_shape(batch: Array, shape: tuple[int, ...], name: str) -> Array:
-    """The one sample of a batch [1, ...]; StageError when it does not have the reference's shape."""
-    if batch.shape != (1, *shape):
-        raise StageError(
-            f"the engine's '{name}' has shape {list(batch.shape)}, and the reference's {[1, *shape]}",
-            hint="the export changed the model's outputs: report it",
-        )
-    result: Array = batch[0]
-    return result
-
-
 def _keep_worst(worst: dict[str, dict[str, Any]], kind: str, value: float, **where: Any) -> None:
     if kind not in worst or value > worst[kind]["value"]:
         worst[kind] = {**where, "value": value}
-
-
-def _guarded(call: Callable[[], Any], where: str) -> Any:
-    try:
-        return call()
-    except EnginewrightError:
-        raise
-    except Exception as error:  # each runtime fails in its own way
-        raise StageError(f"the engine failed on {where}: {error}", hint="see the step's log") from error

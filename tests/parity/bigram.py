@@ -15,7 +15,7 @@ from pipeline.engine import Array, Sampling, Token
 from pipeline.parity.divergence import log_softmax
 from pipeline.parity.stored import NpyWriter, write_json
 
-VOCAB, HIDDEN = 50, 8
+VOCAB, HIDDEN, START = 50, 8, 1
 
 
 def table(seed: int = 0, width: int = VOCAB) -> Array:
@@ -38,16 +38,20 @@ class Bigram:
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if self.settings.get("fail"):
             raise RuntimeError("out of nodes")
-        ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+        ids = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["input_ids"]
         logits = self.table[ids]
         if "decoder_input_ids" not in inputs:
             padded = (inputs["attention_mask"] == 0).any(axis=1)
             logits = logits + np.float32(self.settings.get("padding_bug", 0)) * padded[:, None, None]
         return {"logits": logits[..., : self.settings.get("vocab", VOCAB)]}
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+    def generate(self, prompts: Any, sampling: Sampling) -> Iterator[Token]:
+        """Token ids, or the inputs of a seq2seq model by name. `start`: the decoder begins with it, not the prompt."""
+        if isinstance(prompts, Mapping):
+            prompts = list(prompts["input_features"])
         for index, prompt in enumerate(prompts):
-            for token, logprob in self.greedy(prompt[-1], sampling.max_new_tokens, sampling.eos_token_ids or ()):
+            first = self.settings.get("start", prompt[-1])
+            for token, logprob in self.greedy(first, sampling.max_new_tokens, sampling.eos_token_ids or ()):
                 yield Token(index, token, logprob, False)
 
     def greedy(self, last: int, count: int, eos: Sequence[int]) -> Iterator[tuple[int, float]]:
@@ -99,6 +103,26 @@ def write_decoder(path: Path, samples: int = 6, length: int = 40, prompts: int =
     return _write(path, "text-generation", "decoder", {**arrays, "outputs.logits": list(exact.table[ids])})
 
 
+def write_seq2seq(path: Path, speech: bool = False) -> Path:
+    """The reference of an exact Bigram that a decoder fed from START consults; the encoder's inputs do not matter."""
+    path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.Generator(np.random.PCG64(1))
+    fed = [np.array([START, *rng.integers(4, VOCAB, 6 + index)]) for index in range(4)]
+    exact = Bigram()
+    answer = [token for token, _ in exact.greedy(START, 5, (2,))]
+    texts = [rng.integers(4, VOCAB, 3 + index) for index in range(4)]
+    prompts = None if speech else [text.tolist() for text in texts[:3]]
+    write_json(path / "greedy.json", {"prompts": prompts, "new_tokens": 5, "tokens": [answer] * 3})
+    arrays: dict[str, Sequence[Array]] = {"inputs.decoder_input_ids": fed}
+    if speech:
+        arrays["inputs.input_features"] = list(rng.normal(size=(4, 5, 7)).astype(np.float32))
+    else:
+        arrays |= {"inputs.input_ids": texts, "inputs.attention_mask": [np.ones_like(text) for text in texts]}
+    arrays["outputs.logits"] = [exact.table[row] for row in fed]
+    task = "automatic-speech-recognition" if speech else "text2text-generation"
+    return _write(path, task, "seq2seq", arrays)
+
+
 def write_encoder(path: Path, samples: int = 6, length: int = 12) -> Path:
     """The reference of exact Vectors, with samples of unequal length."""
     path.mkdir(parents=True, exist_ok=True)
@@ -125,10 +149,10 @@ def _write(path: Path, task: str, kind: str, arrays: Mapping[str, Sequence[Array
         with NpyWriter(path / f"{stem}.npy", shape, rows[0].dtype) as file:
             for row in rows:
                 file.append(row)
-        if stem != "outputs.sentence_embedding":
+        if stem not in ("outputs.sentence_embedding", "inputs.input_features"):
             lengths[stem.partition(".")[2]] = list(map(len, rows))
     names = {side: [s.partition(".")[2] for s in arrays if s.startswith(side)] for side in ("inputs", "outputs")}
-    info = {"task": task, "kind": kind, **names, "source": "random", "samples": len(lengths["input_ids"])}
+    info = {"task": task, "kind": kind, **names, "source": "random", "samples": len(next(iter(lengths.values())))}
     info |= {"eos_token_ids": [2], "decoder_start_token_id": None, "lengths": lengths, "kept": {}}
     write_json(path / "reference.json", info)
     return path

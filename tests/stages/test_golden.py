@@ -13,7 +13,7 @@ from pipeline.parity import gates
 from pipeline.stages import golden
 from pipeline.stages.golden import GoldenOptions, judge_golden, run, write_golden
 from pipeline.step import silent
-from tests.parity.bigram import VOCAB, Bigram, Vectors, write_decoder, write_encoder
+from tests.parity.bigram import START, VOCAB, Bigram, Vectors, write_decoder, write_encoder, write_seq2seq
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,18 @@ def test_an_encoder(tmp_path: Path, kept_four: None) -> None:
     (out.parent / "engine.json").write_text(json.dumps({"interface": {"inputs": [{"name": "pixel_values"}]}}))
     with pytest.raises(StageError, match="pixel_values"):
         judge_golden(out, Vectors())
+
+
+@pytest.mark.parametrize("speech", [False, True])
+def test_encoder_decoders(tmp_path: Path, kept_four: None, speech: bool) -> None:
+    write_golden(write_seq2seq(tmp_path / "reference", speech), tmp_path, 2)
+    logits = np.load(tmp_path / "outputs.logits.npy")
+    assert logits.shape == (2, 4, VOCAB)
+    whole = np.load(tmp_path / "reference" / "outputs.logits.npy")
+    assert np.array_equal(logits[1], whole[1, 4:8])
+    report = judge_golden(tmp_path, Bigram(start=START))
+    assert report["metrics"]["kld_max"] == 0.0
+    assert report["metrics"]["greedy_equal"] == 1.0
 
 
 def test_equal_bytes(reference: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.parity import gates
 from pipeline.parity.gates import Outcome
 from pipeline.stages.measure import MeasureOptions, run
 from pipeline.step import silent
-from tests.parity.bigram import VOCAB, Bigram, table, write_decoder, write_encoder
+from tests.parity.bigram import START, VOCAB, Bigram, table, write_decoder, write_encoder, write_seq2seq
 
 OPENER = "tests.parity.bigram:open_engine"
 
@@ -131,6 +131,20 @@ def test_the_report_is_the_same_twice(decoder: Path, tmp_path: Path) -> None:
     measure(decoder, tmp_path / "b", noise=0.1)
     for name in ("report.json", "kld.npy"):
         assert (tmp_path / "a/out" / name).read_bytes() == (tmp_path / "b/out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("speech", [False, True])
+def test_encoder_decoders(tmp_path: Path, speech: bool) -> None:
+    reference = write_seq2seq(tmp_path / "reference", speech)
+    report = measure(reference, tmp_path, start=START)
+    assert report["metrics"]["kld_max"] == report["metrics"]["padding_max_abs"] == 0.0
+    assert report["metrics"]["greedy_equal"] == 1.0
+    assert failed(report) == set()
+    assert report["task"] == ("automatic-speech-recognition" if speech else "text2text-generation")
+    assert np.load(tmp_path / "out" / "kld.npy").shape == (7 + 8 + 9 + 10,)
+    noisy = measure(reference, tmp_path, start=START, noise=0.3)
+    assert {"kld_mean"} <= failed(noisy)
+    assert noisy["worst"]["kld"]["token_ids"][0] == START
 
 
 def test_an_exact_encoder(encoder: Path, tmp_path: Path) -> None:
