@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="1 keeps all."
 )
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="0 keeps all.")
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: less likely to repeat.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="With a temperature above 0.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @click.option("--stats", is_flag=True, help="Write tokens/s and the time to the first token to stderr.")

@@ -18,7 +18,8 @@ from pipeline.engine import Array, Engine, Sampling, Token
 from pipeline.errors import RecipeError, StageError, UnavailableError
 from pipeline.targets.ort_decoder import OrtDecoder, Shape
 from pipeline.targets.ort_seq2seq import OrtSeq2Seq
-from pipeline.targets.ort_session import Graph, read_settings
+from pipeline.targets.ort_session import Graph
+from pipeline.targets.ort_settings import read_settings
 
 
 def open_engine(folder: Path, settings: Mapping[str, Any] | None = None) -> Engine:

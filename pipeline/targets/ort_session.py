@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +12,12 @@ import numpy as np
 from pipeline import hardware
 from pipeline.engine import Array
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.plain import from_plain, options_of
-from pipeline.recipe import option
+from pipeline.targets.ort_settings import CPU as CPU
+from pipeline.targets.ort_settings import CUDA as CUDA
+from pipeline.targets.ort_settings import DEVICE, Settings
 
 R = TypeVar("R")
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-_DEVICE = {CPU: "cpu", CUDA: "cuda"}
 _DTYPE = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -35,43 +31,6 @@ _DTYPE = {
 _QUIET = 4  # only what is fatal: every error comes as an exception, with the same text
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a session runs. None of it changes what the engine is."""
-
-    threads: int = option(0, "Threads of one operator. 0: every physical core that this process may use.", ge=0)
-    provider: str = option(CPU, f"Execution provider: {CPU} or {CUDA}.", pattern=f"{CPU}|{CUDA}")
-    device_id: int = option(0, f"Which device, for {CUDA}.", ge=0)
-    arena: bool = option(
-        False,
-        "Keep freed memory in ONNX Runtime's arena. Measured on a 0.5B int4 decoder: 80 MB more, not faster.",
-    )
-
-
-def read_settings(*sources: Mapping[str, Any]) -> Settings:
-    """Settings from mappings, the later ones first. Raises RecipeError naming what is unknown or wrong."""
-    merged: dict[str, Any] = {}
-    for source in sources:
-        merged |= source
-    known = options_of(Settings)
-    try:
-        settings = from_plain(Settings, merged)
-    except ValueError as error:
-        unknown = sorted(set(merged) - {setting.name for setting in known})
-        near = difflib.get_close_matches(unknown[0], [setting.name for setting in known], n=1) if unknown else []
-        shown = ", ".join(f"{setting.name} ({setting.default()!r})" for setting in known)
-        raise RecipeError(
-            f"settings of the onnxruntime engine: {error}",
-            hint=f"did you mean {near[0]!r}?" if near else f"they are, with their defaults: {shown}",
-        ) from error
-    if settings.provider not in _DEVICE or min(settings.threads, settings.device_id) < 0:
-        raise RecipeError(
-            f"settings of the onnxruntime engine: {merged} is out of range",
-            hint=f"threads and device_id are 0 or more, provider is {CPU} or {CUDA}",
-        )
-    return settings
-
-
 class Graph:
     """An open session. Arrays go in as the caller has them and come out in float32 where they are floats."""
 
@@ -80,7 +39,7 @@ class Graph:
         self.session = _open(file, settings)
         self.inputs: dict[str, Any] = {arg.name: arg for arg in self.session.get_inputs()}
         self.outputs: dict[str, Any] = {arg.name: arg for arg in self.session.get_outputs()}
-        self.device = _DEVICE[settings.provider]
+        self.device = DEVICE[settings.provider]
         self.device_id = settings.device_id if self.device != "cpu" else 0
 
     def dtype(self, name: str) -> np.dtype[Any]:
