@@ -40,7 +40,7 @@ _NUMPY: dict[str, str] = {
 _HEADER_LIMIT = 100_000_000
 _SLICE_BYTES = 16 << 20
 _CONVERT = (
-    "python -c \"from transformers import AutoModelForCausalLM as M; "
+    'python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}-safetensors')\""
 )
 
@@ -165,7 +165,8 @@ class Checkpoint(Mapping[str, Tensor]):
             close = sorted(key for key in self if key.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:])[:1]
             raise StageError(
                 f"the checkpoint in '{self.folder.name}' has no tensor '{name}'",
-                hint=f"it has '{close[0]}'; does config.json describe these weights?" if close
+                hint=f"it has '{close[0]}'; does config.json describe these weights?"
+                if close
                 else "config.json asks for it: does it describe these weights? Is a shard missing?",
             )
         tensor = self._tensors[name]
@@ -206,7 +207,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [(*item["data_offsets"], name, item["dtype"], tuple(item["shape"])) for name, item in header.items()]
+            entries = [
+                (*item["data_offsets"], name, item["dtype"], tuple(item["shape"])) for name, item in header.items()
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StageError(
                 f"{path.name} has no readable safetensors header ({error})", hint="download the file again"

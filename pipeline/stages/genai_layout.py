@@ -90,7 +90,11 @@ def write_genai_config(out: Path, export: Mapping[str, Any], model: Path, *, thr
             "eos_token_id": eos[0] if len(eos) == 1 else eos,
             "pad_token_id": pad if pad is not None else eos[0],
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "intra_op_num_threads": threads,
+                    "provider_options": [],
+                },
                 "filename": file,
                 "head_size": decoder["head_dim"],
                 "hidden_size": decoder["hidden_size"],

@@ -80,7 +80,9 @@ class _Builder:
         one = g.constant(1)
         size = g.node("Shape", ["input_ids"], "padding.new", start=1, end=2)
         size = g.node("Squeeze", [size], "padding.new_scalar")
-        total = g.node("Squeeze", [g.node("Shape", ["attention_mask"], "padding.total", start=1)], "padding.total_scalar")
+        total = g.node(
+            "Squeeze", [g.node("Shape", ["attention_mask"], "padding.total", start=1)], "padding.total_scalar"
+        )
         real = g.node("ReduceSum", ["attention_mask", g.constant([1])], "padding.real", keepdims=0)
         last = g.node("Max", [g.node("Sub", [real, one], "padding.last"), g.constant(0)], "padding.last_index")
         self.seqlens = g.node("Cast", [last], "padding.seqlens_k", to=6)

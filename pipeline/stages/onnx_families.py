@@ -60,7 +60,7 @@ class Decoder:
     logit_softcap: float
 
 
-class Unknown(UnavailableError):
+class Unknown(UnavailableError):  # noqa: N818  an UnavailableError by another name
     """The fused exporter does not know something that config.json says."""
 
 
@@ -111,7 +111,9 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
         good = (int, float) if kind is float else kind
         if not isinstance(value, good) or (isinstance(value, bool) and kind is not bool):
             raise StageError(
-                f"config.json: {facts[key]} of a {name} model is {value!r}, not of type {kind.__name__}".replace("=", ""),
+                f"config.json: {facts[key]} of a {name} model is {value!r}, not of type {kind.__name__}".replace(
+                    "=", ""
+                ),
                 hint="download config.json again",
             )
         return kind(value)

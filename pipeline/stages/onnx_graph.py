@@ -37,7 +37,14 @@ class Graph:
         return name
 
     def node(
-        self, op: str, inputs: Sequence[str], name: str, *, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
     ) -> str:
         """Add a node; its outputs are `name`.out unless given. Returns the first output."""
         import onnx

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.stages.checkpoint import FLOATS, Tensor
-from pipeline.stages.onnx_nbits import Algorithm, quantize, shapes
-from pipeline.stages.onnx_rewrite import FLOAT, ExportedGraph, Linear
+from pipeline.stages.onnx_half import LARGEST, half, halve
+from pipeline.stages.onnx_nbits import F32, Algorithm, quantize, shapes
+from pipeline.stages.onnx_rewrite import FLOAT, FLOAT16, ExportedGraph, Linear
 from pipeline.stages.onnx_sink import Sink
 from pipeline.step import Progress
 
@@ -68,10 +70,15 @@ class Placer:
 
         graph, sink = self.graph, Sink(path)
         self.widened = graph.drop_casts()
-        if self.options.precision in BITS:
-            self._quantize(sink)
+        linears = graph.linears()
+        plan = placement(linears, graph.head(), self.options) if self.options.precision in BITS else {}
+        linears = self._pack_attention(linears, plan)
+        self._quantize(sink, linears, plan)
         graph.prune()
-        self._narrow_tables()
+        if self.options.precision == "fp16":
+            halve(graph)
+        else:
+            self._narrow_tables()
         self._copy(sink)
         total = sum(size for size, _ in self.jobs)
         done = 0
@@ -118,19 +125,36 @@ class Placer:
         for name, proto in graph.initializers.items():
             if name not in graph.consumers and name not in graph.outputs:
                 continue
-            source, wide = graph.source(name), name in self.widened
-            size = sink.declare(name, source.shape, FLOAT if wide else proto.data_type)
-            self.jobs.append((source.length, partial(_stream, source=source, wide=wide)))
+            source = graph.source(name)
+            kind = FLOAT if name in self.widened else proto.data_type
+            if self.options.precision == "fp16" and kind == FLOAT:
+                kind = FLOAT16
+            size = sink.declare(name, source.shape, kind)
+            self.jobs.append((source.length, partial(_stream, source=source, kind=kind)))
             if source.dtype in FLOATS:
-                self._count(_NAMES[FLOAT if wide else proto.data_type], source.elements, size)
+                self._count(_NAMES[kind], source.elements, size)
 
     # what is quantized
 
-    def _quantize(self, sink: Sink) -> None:
-        linears = self.graph.linears()
-        head = self.graph.head()
-        plan = placement(linears, head, self.options)
-        if self.options.embeddings != "keep":
+    def _pack_attention(self, linears: list[Linear], plan: dict[str, int]) -> list[Linear]:
+        """One product for query, key and value where all three have the same type: two launches less a layer."""
+        gone: dict[str, Linear | None] = {}
+        for attention, three, biases in self.graph.attentions(linears):
+            outputs = [linear.node.output[0] for linear in three]
+            if len({plan.get(output, 0) for output in outputs}) == 1:
+                weights = {linear.weight for linear in three}
+                gone |= dict.fromkeys(outputs[1:])
+                gone[outputs[0]] = self.graph.pack(attention, three, biases)
+                if weights <= self.widened:
+                    self.widened.add(f"{attention.name}.qkv_proj.weight")
+                if biases and set(biases) <= self.widened:
+                    self.widened.add(f"{attention.name}.qkv_proj.bias")
+        self.graph.prune()
+        kept = (gone.get(linear.node.output[0], linear) for linear in linears)
+        return [linear for linear in kept if linear is not None]
+
+    def _quantize(self, sink: Sink, linears: list[Linear], plan: dict[str, int]) -> None:
+        if self.options.precision in BITS and self.options.embeddings != "keep":
             self._quantize_tables(sink)
         for linear in linears:
             bits = plan.get(linear.node.output[0], 0)
@@ -236,7 +260,9 @@ def _sensitive(linears: list[Linear]) -> list[str]:
     """Products that lose most by 4 bits: values and down projections of the first and last eighth of the layers and of
     every third layer between."""
     found = []
-    layers = [int(match[1]) if (match := _LAYER.search(linear.node.name or linear.weight)) else -1 for linear in linears]
+    layers = [
+        int(match[1]) if (match := _LAYER.search(linear.node.name or linear.weight)) else -1 for linear in linears
+    ]
     count = max(layers, default=-1) + 1
     if count == 0:
         raise UnavailableError(
@@ -250,15 +276,30 @@ def _sensitive(linears: list[Linear]) -> list[str]:
     return found
 
 
-def _stream(sink: Sink, source: Tensor, wide: bool) -> None:
-    """Copy a tensor; floats are checked as they pass, and become fp32 when `wide`."""
-    offset = 0
-    step = max(1, _COPY_BYTES * (source.shape[0] if source.shape else 1) // max(1, source.length))
-    for start in range(0, source.shape[0] if source.shape else 1, step):
-        stop = min(start + step, source.shape[0] if source.shape else 1)
-        values = source.rows(start, stop, "float32" if wide else "native")
+def _stream(sink: Sink, source: Tensor, kind: int) -> None:
+    """Copy a tensor as the TensorProto type `kind`; floats are checked as they pass."""
+    offset, rows = 0, source.shape[0] if source.shape else 1
+    step = max(1, _COPY_BYTES * rows // max(1, source.length))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if kind == FLOAT:
+            values = source.rows(start, stop)
+        elif kind == FLOAT16 and source.dtype != "F16":
+            values = _halved(source, source.rows(start, stop))
+        else:
+            values = source.rows(start, stop, "native")
         sink.write(source.name, values, offset)
         offset += values.nbytes
+
+
+def _halved(source: Tensor, values: F32) -> npt.NDArray[np.float16]:
+    # A single number is a mask's "minus infinity"; anything larger is a weight.
+    if source.elements > 1 and max(values.max(), -values.min()) > LARGEST:
+        raise UnavailableError(
+            f"{source.path.name}: tensor '{source.name}' has values beyond fp16's range (65504)",
+            hint="use precision fp32, int8 or int4",
+        )
+    return np.asarray(half(values), dtype=np.float16)
 
 
 Settings = tuple[int, int, bool, Algorithm]
@@ -280,7 +321,9 @@ def _quantize_columns(sink: Sink, names: list[str], source: Tensor, settings: Se
     """A weight stored [K, N]: slices of K hold every row's next blocks, so the packed whole is put together first."""
     bits, group, symmetric, algorithm = settings
     k, n = source.shape
-    whole = [np.zeros(shape, np.float32 if index == 1 else np.uint8) for index, shape in enumerate(shapes(n, k, bits, group))]
+    whole = [
+        np.zeros(shape, np.float32 if index == 1 else np.uint8) for index, shape in enumerate(shapes(n, k, bits, group))
+    ]
     step = 2 * group * max(1, _COPY_BYTES // (8 * n * group))  # two blocks: 4-bit zero points come in pairs
     for start in range(0, k, step):
         weight_KN = source.rows(start, min(k, start + step))

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.errors import StageError
 from pipeline.stages.checkpoint import Tensor
 
-_TYPES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 16: "BF16"}
+_TYPES = {
+    1: "F32",
+    2: "U8",
+    3: "I8",
+    4: "U16",
+    5: "I16",
+    6: "I32",
+    7: "I64",
+    9: "BOOL",
+    10: "F16",
+    11: "F64",
+    16: "BF16",
+}
 """TensorProto data type -> safetensors type."""
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 MICROSOFT = "com.microsoft"
@@ -44,6 +56,22 @@ class Held(Tensor):
         return self.array.reshape(self.shape or (1,))[start:stop]
 
 
+@dataclass(frozen=True)
+class Stacked(Tensor):
+    """Tensors of one type one above the other, along the first axis."""
+
+    parts: tuple[Tensor, ...] = ()
+
+    def rows(self, start: int, stop: int, dtype: Literal["float32", "native"] = "float32") -> Any:
+        found, above = [], 0
+        for part in self.parts:
+            first, last = max(start - above, 0), min(stop - above, part.shape[0])
+            if first < last:
+                found.append(part.rows(first, last, dtype))
+            above += part.shape[0]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
 class ExportedGraph:
     """The graph of one component of an export. Weights are looked for beside it, then in the model folder."""
 
@@ -54,9 +82,11 @@ class ExportedGraph:
         self.folders = [path.parent, *([model] if model else [])]
         self.proto = onnx.load_model(path, load_external_data=False)
         self.initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
-        self._index()
+        self._stacks: dict[str, tuple[str, ...]] = {}
+        self.refresh()
 
-    def _index(self) -> None:
+    def refresh(self) -> None:
+        """Look at the graph's nodes anew, after they were edited from outside."""
         self.producers = {name: node for node in self.proto.graph.node for name in node.output if name}
         self.consumers: dict[str, list[Any]] = defaultdict(list)
         self.captured: set[str] = set()
@@ -75,6 +105,10 @@ class ExportedGraph:
     def source(self, name: str) -> Tensor:
         """Where an initializer's bytes are: in a file beside the graph or in the model folder, or in the graph."""
         tensor = self.initializers[name]
+        if name in self._stacks:
+            parts = tuple(self.source(part) for part in self._stacks[name])
+            length = sum(part.length for part in parts)
+            return Stacked(name, parts[0].dtype, tuple(tensor.dims), parts[0].path, 0, length, parts)
         if tensor.data_location != tensor.EXTERNAL:
             return self._held(name)
         info = {entry.key: entry.value for entry in tensor.external_data}
@@ -125,13 +159,14 @@ class ExportedGraph:
                 if any(node.output[0] in self.outputs or node.output[0] in self.captured for node in readers):
                     continue
                 for node in readers:
-                    self._replace(node.output[0], name)
+                    self.rename(node.output[0], name)
                     self.proto.graph.node.remove(node)
                 widened.add(name)
-        self._index()
+        self.refresh()
         return widened
 
-    def _replace(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str) -> None:
+        """Let every node that reads `old` read `new`; subgraphs excepted. `refresh` when done."""
         for node in self.consumers[old]:
             for index, name in enumerate(node.input):
                 if name == old:
@@ -180,13 +215,72 @@ class ExportedGraph:
             name = node.input[0]
         return ""
 
+    def stack(self, name: str, parts: tuple[str, ...]) -> str:
+        """A new initializer: the given ones above each other. They must have one type and one width."""
+        import onnx
+
+        first = self.initializers[parts[0]]
+        rows = sum(self.initializers[part].dims[0] for part in parts)
+        self.initializers[name] = onnx.TensorProto(name=name, dims=[rows, *first.dims[1:]], data_type=first.data_type)
+        self._stacks[name] = parts
+        return name
+
+    def attentions(self, linears: list[Linear]) -> list[tuple[Any, tuple[Linear, ...], tuple[str, ...]]]:
+        """The GroupQueryAttention nodes whose query, key and value are three products of the same activations with
+        [N, K] weights of one type: (node, the three products, their three biases or none)."""
+        by_output = {linear.node.output[0]: linear for linear in linears}
+        found = []
+        for node in self.proto.graph.node:
+            if node.op_type != "GroupQueryAttention" or not node.input[1]:
+                continue
+            three, biases = [], []
+            for name in node.input[:3]:
+                before = self.producers.get(name)
+                if before is not None and before.op_type == "Add":
+                    biases.append(next((item for item in before.input if item in self.initializers), ""))
+                    name = next((item for item in before.input if item in by_output), "")
+                if name in by_output:
+                    three.append(by_output[name])
+            kinds = {self.initializers[linear.weight].data_type for linear in three}
+            bias_kinds = {self.initializers[name].data_type if name else 0 for name in biases}
+            if len(three) != 3 or not all(linear.transposed and not linear.bias for linear in three):
+                continue
+            if len({linear.node.input[0] for linear in three}) != 1 or len(kinds) != 1 or len(biases) not in (0, 3):
+                continue
+            if any(len(self.consumers[linear.node.output[0]]) != 1 for linear in three) or len(bias_kinds) > 1:
+                continue
+            if any(linear.node.op_type != "FusedMatMul" for linear in three) or 0 in bias_kinds:
+                continue
+            found.append((node, tuple(three), tuple(biases)))
+        return found
+
+    def pack(self, attention: Any, three: tuple[Linear, ...], biases: tuple[str, ...]) -> Linear:
+        """Let one product make query, key and value, which GroupQueryAttention takes side by side."""
+        node = three[0].node
+        base = f"{attention.name}.qkv_proj"
+        weight = self.stack(f"{base}.weight", tuple(linear.weight for linear in three))
+        node.name, node.input[1] = base, weight
+        if biases:
+            add = self.producers[attention.input[0]]
+            bias = self.stack(f"{base}.bias", biases)
+            add.input[list(add.input).index(biases[0])] = bias
+        attention.input[1] = attention.input[2] = ""
+        self.refresh()
+        n, k = self.initializers[weight].dims
+        return Linear(node, weight, True, n, k)
+
     def tables(self) -> list[Any]:
         """The Gather nodes that look rows up in a two-dimensional float table of at least `_TABLE` values."""
         found = []
         for node in self.proto.graph.node:
             table = self.initializers.get(node.input[0]) if node.op_type == "Gather" else None
             axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
-            if table is not None and axis == 0 and len(table.dims) == 2 and table.data_type in (FLOAT, FLOAT16, BFLOAT16):
+            if (
+                table is not None
+                and axis == 0
+                and len(table.dims) == 2
+                and table.data_type in (FLOAT, FLOAT16, BFLOAT16)
+            ):
                 if table.dims[0] * table.dims[1] >= _TABLE:
                     found.append(node)
         return found
@@ -202,10 +296,10 @@ class ExportedGraph:
             node.attribute.append(onnx.helper.make_attribute(key, value))
         if not any(opset.domain == MICROSOFT for opset in self.proto.opset_import):
             self.proto.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
-        self._index()
+        self.refresh()
 
     def absorb_bias(self, node: Any, size: int) -> str:
-        """The initializer [size] that the only reader of `node` adds to it; the Add goes away. "" when there is none."""
+        """The initializer [size] that the only reader of `node` adds to it; the Add goes. "" when there is none."""
         output = node.output[0]
         readers = self.consumers.get(output, [])
         if len(readers) != 1 or readers[0].op_type != "Add" or output in self.outputs:
@@ -216,7 +310,7 @@ class ExportedGraph:
             return ""
         node.output[0] = add.output[0]
         self.proto.graph.node.remove(add)
-        self._index()
+        self.refresh()
         return str(bias)
 
     def cast_output(self, node: Any, kind: int) -> None:
@@ -227,7 +321,7 @@ class ExportedGraph:
         node.output[0] = f"{output}.narrow"
         cast = onnx.helper.make_node("Cast", [node.output[0]], [output], name=f"{node.name or output}.wide", to=kind)
         self.proto.graph.node.insert(list(self.proto.graph.node).index(node) + 1, cast)
-        self._index()
+        self.refresh()
 
     def reshaped(self, name: str, shape: tuple[int, ...]) -> str:
         """The initializer `name` with other dimensions: a Reshape at the start of the graph, removed when unused."""
@@ -237,13 +331,13 @@ class ExportedGraph:
         self.initializers[dims.name] = dims
         node = onnx.helper.make_node("Reshape", [name, dims.name], [f"{name}.blocks"], name=f"{name}.blocks")
         self.proto.graph.node.insert(0, node)
-        self._index()
+        self.refresh()
         return str(node.output[0])
 
     def prune(self) -> None:
         """Remove Transposes and other nodes whose outputs nobody reads any more."""
         while True:
-            self._index()
+            self.refresh()
             dead = [
                 node
                 for node in self.proto.graph.node
