@@ -23,6 +23,8 @@ from pipeline.stages import samples as text
 from pipeline.stages.reference_inputs import Array, Reference, ReferenceOptions, Sample
 from pipeline.step import Inputs, Progress, Stage
 
+__all__ = ["STAGE", "ReferenceOptions", "forward", "greedy_decode", "load", "run"]
+
 # Outputs of encoders with one row for each input token; they are padded as the inputs are.
 _TOKEN_OUTPUTS = {
     "feature-extraction": ("last_hidden_state",),
