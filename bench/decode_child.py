@@ -1,0 +1,123 @@
+"""One engine of the decode benchmark in a process of its own: load, say so, then answer `go` on standard input.
+
+    python decode_child.py KIND FOLDER --prompt 128 --new 64 --threads 2
+
+KIND is torch, genai or engine. For every `go` one JSON line: {"tokens_per_s", "first_token_s"}; at the end of the input
+{"peak_bytes", "loaded_bytes"}. The prompt's ids are drawn by a seed, so every engine gets the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Generate = Callable[[], tuple[float, float]]
+"""Runs once; (seconds to the first token, seconds of all later ones)."""
+
+
+def prompt_ids(folder: Path, count: int) -> list[int]:
+    """Ids of ordinary tokens; the tokenizer of the benchmark models has 4096."""
+    drawn = random.Random(0)
+    vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    return [drawn.randrange(300, min(vocabulary, 4000)) for _ in range(count)]
+
+
+def torch_eager(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
+    """The checkpoint in torch, fp32, with transformers' own cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate() -> tuple[float, float]:
+        with torch.inference_mode():
+            started = time.perf_counter()
+            answer = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+            token = answer.logits[:, -1].argmax(-1, keepdim=True)
+            first = time.perf_counter()
+            for _ in range(new - 1):
+                answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
+                token = answer.logits[:, -1].argmax(-1, keepdim=True)
+            return first - started, time.perf_counter() - first
+
+    return generate
+
+
+def genai(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
+    """A folder in ONNX Runtime GenAI. Its genai_config.json has been given the threads."""
+    import onnxruntime_genai as og
+
+    told = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    if told["model"]["decoder"]["session_options"].get("intra_op_num_threads") != threads:
+        raise SystemExit(f"{folder}: genai_config.json asks for another number of threads")
+    model = og.Model(str(folder))
+
+    def generate() -> tuple[float, float]:
+        parameters = og.GeneratorParams(model)
+        total = len(ids) + new
+        parameters.set_search_options(do_sample=False, max_length=total, min_length=total)
+        started = time.perf_counter()
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(ids)
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(new - 1):
+            generator.generate_next_token()
+        return first - started, time.perf_counter() - first
+
+    return generate
+
+
+def engine(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
+    """A folder in Enginewright's own Engine, over ONNX Runtime."""
+    from pipeline.engine import Sampling
+    from pipeline.targets.ort_engine import open_engine
+
+    opened = open_engine(folder, {"threads": threads})
+    sampling = Sampling(max_new_tokens=new, eos_token_ids=())
+
+    def generate() -> tuple[float, float]:
+        started = time.perf_counter()
+        tokens = opened.generate([ids], sampling)
+        next(tokens)
+        first = time.perf_counter()
+        count = 1 + sum(1 for _ in tokens)
+        if count != new:
+            raise SystemExit(f"{folder}: {count} tokens instead of {new}")
+        return first - started, time.perf_counter() - first
+
+    return generate
+
+
+KINDS = {"torch": torch_eager, "genai": genai, "engine": engine}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    ids = prompt_ids(arguments.folder, arguments.prompt)
+    generate = KINDS[arguments.kind](arguments.folder, ids, arguments.new, arguments.threads)
+    generate()  # warm: pages, thread pools, packed weights
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "go":
+            first_s, rest_s = generate()
+            print(json.dumps({"tokens_per_s": (arguments.new - 1) / rest_s, "first_token_s": first_s}), flush=True)
+    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
