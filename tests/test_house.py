@@ -51,12 +51,8 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 def floor(module: str) -> int:
     parts = module.split(".")
-    if (
-        len(parts) == 1
-        or not (PACKAGE / parts[1]).with_suffix("").exists()
-        and not (PACKAGE / f"{parts[1]}.py").exists()
-    ):
-        return 0  # the package itself
+    if len(parts) == 1 or not ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()):
+        return 0  # the package itself, or a name in it
     found = [index for index, names in enumerate(FLOORS) if parts[1] in names]
     assert found, f"{module} has no place in the house: add it to FLOORS"
     return found[0]
@@ -89,7 +85,7 @@ def test_the_core_is_small() -> None:
 
 
 def spans(node: ast.stmt) -> range:
-    """Lines of a statement's own; those of a block's children are counted with the children. Docstrings are not code."""
+    """The lines of a statement without those of the statements in its block. Docstrings are not code."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return range(0)
     body = getattr(node, "body", None)

@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.engine import Array, Engine
-from pipeline.parity.judge import judge
-from pipeline.parity.stored import NpyWriter, Stored, write_json
 from pipeline.recipe import option
 from pipeline.stages.measure import accepted, report
 from pipeline.step import Inputs, Progress, Stage
@@ -62,6 +58,8 @@ def write_golden(reference_dir: Path, out_dir: Path, count: int) -> None:
 
     The layout is that of a reference (see parity/stored.py), with `golden.json` in place of `reference.json`.
     """
+    from pipeline.parity.stored import Stored, write_json
+
     stored = Stored.open(reference_dir)
     count = min(count, stored.samples)
     cut = {"decoder": ("input_ids", "attention_mask"), "seq2seq": ("decoder_input_ids",)}.get(stored.kind, ())
@@ -105,6 +103,9 @@ def judge_golden(golden_dir: Path, engine: Engine, accepts: Collection[str] | No
     positions cannot show is left out of the report: the set proves that the engine answers as it should on this
     machine, and is no measure of its quality.
     """
+    from pipeline.parity.judge import judge
+    from pipeline.parity.stored import Stored
+
     stored = Stored.open(golden_dir, NAME)
     found = judge(stored, engine, batch=2, accepts=accepts or accepted(golden_dir.parent))
     if found.rows < _FEW:
@@ -113,6 +114,10 @@ def judge_golden(golden_dir: Path, engine: Engine, accepts: Collection[str] | No
 
 
 def _write(path: Path, samples: list[Array]) -> None:
+    import numpy as np
+
+    from pipeline.parity.stored import NpyWriter
+
     first = samples[0]
     shape = (len(samples), max(len(sample) for sample in samples), *first.shape[1:])
     with NpyWriter(path, shape, np.dtype(first.dtype)) as file:

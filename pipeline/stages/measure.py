@@ -11,16 +11,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pipeline.engine import Engine
 from pipeline.errors import StageError, UnavailableError
-from pipeline.parity.judge import Judgement, finite, judge
-from pipeline.parity.stored import Stored, write_json
 from pipeline.recipe import option
 from pipeline.step import Inputs, Progress, Stage
+
+if TYPE_CHECKING:  # planning imports this module, and these import numpy
+    from pipeline.parity.judge import Judgement
+    from pipeline.parity.stored import Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,11 @@ def run(inputs: Inputs, options: MeasureOptions, out: Path, progress: Progress) 
     `report.json`: kind, task, samples, metrics, worst, outputs (encoders), per_sample. A metric that is not a finite
     number is null there. Raises StageError when the engine fails, UnavailableError when its runtime is not installed.
     """
+    import numpy as np
+
+    from pipeline.parity.judge import judge
+    from pipeline.parity.stored import Stored, write_json
+
     stored = Stored.open(inputs["reference"])
     engine = open_engine(options.opener, inputs["engine"], options.settings)
     found = judge(stored, engine, options.batch, accepted(inputs["engine"]), progress)
@@ -50,6 +55,8 @@ def run(inputs: Inputs, options: MeasureOptions, out: Path, progress: Progress) 
 
 def report(stored: Stored, found: Judgement, engine_dir: Path) -> dict[str, Any]:
     """The report as a JSON document. `worst` gets its text where the engine's folder has a tokenizer."""
+    from pipeline.parity.judge import finite
+
     worst = {
         kind: {**entry, **finite({"value": entry["value"]})} for kind, entry in _with_text(found.worst, engine_dir)
     }

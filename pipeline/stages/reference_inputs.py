@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError, StageError
-from pipeline.recipe import Task, option
 from pipeline.stages import samples as text
+from pipeline.stages.reference import ReferenceOptions
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Array]
@@ -22,21 +22,6 @@ NOT_TEXT = ("input_features", "pixel_values")
 """Inputs that are drawn by seed, always of one size."""
 
 _PROMPT_TOKENS = 32  # the longest prompt that is cut from a sample or drawn by seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceOptions:
-    """Which inputs, and how many."""
-
-    task: Task | None = None
-    """Inferred from config.json when None."""
-    samples: int = option(32, "How many samples.", ge=1)
-    length: int = option(256, "Length of a sample.", unit="tokens", ge=2)
-    prompt_count: int = option(8, "How many prompts are continued greedily.", ge=1)
-    new_tokens: int = option(32, "How far each prompt is continued.", unit="tokens", ge=1)
-    seed: int = option(0, "Seed of random inputs.", ge=0)
-    trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
-    threads: int = option(4, "Threads of torch. Fixed and not the machine's: the last bits depend on it.", ge=1)
 
 
 @dataclass(frozen=True)

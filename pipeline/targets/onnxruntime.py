@@ -13,14 +13,13 @@ from typing import Any, Literal, cast
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict
-from pipeline.recipe import Task, TargetOptions, option
+from pipeline.recipe import TargetOptions, Task, option
 from pipeline.stages import measure, onnx_fused, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import fetch_model, golden_step, parity_step, reference_steps
-from pipeline.targets.ort_engine import open_engine
-from pipeline.targets.ort_session import CPU, CUDA
+from pipeline.targets.ort_settings import CPU, CUDA
 
 EXTRA = "onnxruntime"
 OPENER = "pipeline.targets.ort_engine:open_engine"
@@ -118,6 +117,8 @@ def facts(engine: Mapping[str, Any], options: Options, hardware: Hardware) -> Fa
 
 def open(engine: Path, hardware: Hardware) -> Engine:
     """An Engine over ONNX Runtime for an engine's folder or an artifact."""
+    from pipeline.targets.ort_engine import open_engine
+
     return open_engine(engine)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import RecipeError, StageError
 from pipeline.parity.pooling import read_pooling
 from pipeline.parity.stored import Stored
-from pipeline.stages import reference
+from pipeline.stages import reference_run as reference
 from pipeline.stages.reference import ReferenceOptions, run
 from pipeline.stages.samples import load_encoder
 from pipeline.step import silent
