@@ -10,6 +10,7 @@ Legend: B batch, S new tokens, T past and new tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.stages.onnx_families import Decoder, Rope, Unknown
 from pipeline.stages.onnx_graph import MICROSOFT, Graph
 from pipeline.stages.onnx_rope import rope_tables
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INT64_MAX = 2**63 - 1
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Endings of tensors that old checkpoints carry and nobody reads."""
@@ -221,14 +223,14 @@ class _Builder:
         return self.g.weight(self.checkpoint.take(name, tuple(shape.values()), because))
 
     def _refuse_left_over(self) -> None:
-        for name in self.checkpoint:
-            if name not in self.used and not name.endswith(_UNUSED):
-                if name.startswith("model.layers.") and int(name.split(".")[2]) >= self.d.layers:
-                    raise StageError(
-                        f"the checkpoint has tensor '{name}', but config.json says num_hidden_layers is {self.d.layers}",
-                        hint="config.json and the weights are not of the same model",
-                    )
-                raise Unknown(
-                    f"the fused exporter has no place for the tensor '{name}' of a {self.d.family} model",
-                    hint="use the torch exporter for this model (exporter: torch)",
+        left = [name for name in self.checkpoint if name not in self.used and not name.endswith(_UNUSED)]
+        for name in left:
+            if (layer := _LAYER.match(name)) and int(layer[1]) >= self.d.layers:
+                raise StageError(
+                    f"config.json says num_hidden_layers is {self.d.layers}, but the checkpoint has tensor '{name}'",
+                    hint="config.json and the weights are not of the same model",
                 )
+            raise Unknown(
+                f"the fused exporter has no place for the tensor '{name}' of a {self.d.family} model",
+                hint="use the torch exporter for this model (exporter: torch)",
+            )

@@ -164,13 +164,14 @@ def _refuse_unknown(config: Mapping[str, Any], facts: Mapping[str, Any], table: 
     known = {*table["ignored"]["fields"], *table["rope"]["fields"], *facts.get("reads", ()), *facts.get("defaults", {})}
     known |= {value[1:] for value in facts.values() if isinstance(value, str) and value.startswith("=")}
     must: Mapping[str, list[Any]] = facts.get("must", {})
+    notes = tuple(table["ignored"]["prefixes"])
     for field, value in config.items():
-        if field in must:
-            if value is not None and value not in must[field]:
-                raise Unknown(f"the fused exporter does not know {field}={value!r} in config.json", hint=_OTHER)
-        elif field not in known and value is not None and value is not False:
-            if not field.startswith(tuple(table["ignored"]["prefixes"])):
-                raise Unknown(f"the fused exporter does not know the field '{field}' of config.json", hint=_OTHER)
+        if value is None or value is False or field in known or field.startswith(notes):
+            continue
+        if field not in must:
+            raise Unknown(f"the fused exporter does not know the field '{field}' of config.json", hint=_OTHER)
+        if value not in must[field]:
+            raise Unknown(f"the fused exporter does not know {field}={value!r} in config.json", hint=_OTHER)
 
 
 def _windows(
@@ -237,7 +238,13 @@ def _rope(parameters: dict[str, Any], head_dim: int, context: int) -> Rope:
     missing = [field for field in fields[kind] if field in _NEEDED and field not in parameters]
     if missing:
         raise StageError(f"config.json: rope type '{kind}' needs '{missing[0]}'", hint="download config.json again")
-    return Rope(kind, theta, int(head_dim * share), tuple(sorted(parameters.items())))
+    dims = int(head_dim * share)
+    if dims % 16:
+        raise Unknown(
+            f"the fused exporter cannot turn {dims} dimensions of a head (GroupQueryAttention wants a multiple of 16)",
+            hint=_OTHER,
+        )
+    return Rope(kind, theta, dims, tuple(sorted(parameters.items())))
 
 
 _NEEDED = ("factor", "low_freq_factor", "high_freq_factor")

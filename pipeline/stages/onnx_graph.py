@@ -86,7 +86,7 @@ class Graph:
         }
         if tensor.dtype not in kinds:
             raise StageError(
-                f"{tensor.path.name}: tensor '{tensor.name}' has type {tensor.dtype}; weights must be fp32, fp16 or bf16",
+                f"{tensor.path.name}: tensor '{tensor.name}' has type {tensor.dtype}; fp32, fp16 or bf16 is needed",
                 hint="start from the unquantized checkpoint",
             )
         proto = onnx.TensorProto(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.stages.onnx_rewrite import FLOAT, FLOAT16, ExportedGraph
+from pipeline.stages.onnx_rewrite import ExportedGraph
+from pipeline.stages.onnx_sources import FLOAT, FLOAT16
 
 CACHES = ("past_key_values.", "present.", "cross_key_values.")
 LARGEST = float(np.finfo(np.float16).max)
