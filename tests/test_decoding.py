@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,15 @@ from pipeline.errors import RecipeError, StageError  # noqa: E402
 
 VOCAB, EOS = 96, 2
 PROMPTS = [[5, 9, 11], [7, 8, 60, 61, 62, 63, 64], [44], [33, 20, 20, 33, 20]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models: torch's threads would mostly wait for each other, for minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

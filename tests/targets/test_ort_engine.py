@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime")
 from pipeline.decoding import decode  # noqa: E402
 from pipeline.engine import Array, Engine, Sampling, completions  # noqa: E402
 from pipeline.errors import RecipeError, StageError, UnavailableError  # noqa: E402
-from pipeline.stages import onnx_fused, onnx_weights  # noqa: E402
+from pipeline.stages import onnx_fused, onnx_torch, onnx_weights  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from pipeline.targets import ort_cache  # noqa: E402
 from pipeline.targets.ort_engine import open_engine  # noqa: E402
@@ -27,6 +27,15 @@ from tests.targets import toys  # noqa: E402
 PROMPTS = [[5, 9, 11], [7, 8, 60, 61, 62, 63, 64], [44], [33, 20, 20, 33, 20]]
 TOY_PROMPTS = [[5, 9, 11], [7, 8, 3, 13, 14], [4]]
 MODES: list[dict[str, Any]] = [{}, {"beams": 4}, {"repetition_penalty": 1.3}, {"beams": 3, "length_penalty": 2.0}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models: torch's threads would mostly wait for each other, for minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,56 @@ def test_prompts_that_a_decoder_cannot_take(llama: Any) -> None:
     ):
         with pytest.raises(RecipeError, match=words):
             completions(engine, prompts, Sampling())  # type: ignore[arg-type]
+
+
+def test_a_cache_in_half_precision(llama: Any, tmp_path: Path) -> None:
+    model, engine = llama
+    inputs = {"model": engine.parent / "model", "export": engine.parent / "export"}
+    onnx_weights.run(inputs, onnx_weights.WeightOptions(precision="fp16", threads=1), tmp_path, silent)
+    half: Any = open_engine(tmp_path)
+    assert half._graph.dtype("past_key_values.0.key") == np.float16
+    ids, mask = padded(PROMPTS, left=True)
+    logits = half.run({"input_ids": ids, "attention_mask": mask})["logits"]
+    assert logits.dtype == np.float32
+    for row, prompt in enumerate(PROMPTS):
+        with torch.inference_mode():
+            judge = model(torch.tensor([prompt])).logits[0].numpy()
+        np.testing.assert_allclose(logits[row][mask[row] == 1], judge, atol=0.1)
+    for options in ({}, {"beams": 3}):
+        got = completions(half, PROMPTS, Sampling(max_new_tokens=8, eos_token_ids=(), **options))
+        assert got == [
+            completions(half, [prompt], Sampling(max_new_tokens=8, eos_token_ids=(), **options))[0]
+            for prompt in PROMPTS
+        ]
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_encoder_decoders_are_what_transformers_gives(name: str, tmp_path: Path) -> None:
+    folder = getattr(models, name)(tmp_path / "model")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "engine").mkdir()
+    onnx_torch.run({"model": folder}, onnx_torch.TorchExportOptions(), tmp_path / "export", silent)
+    inputs = {"model": folder, "export": tmp_path / "export"}
+    onnx_weights.run(inputs, onnx_weights.WeightOptions(precision="fp32", threads=1), tmp_path / "engine", silent)
+    engine: Any = open_engine(tmp_path / "engine")
+    speech = name == "whisper"
+    kind = transformers.WhisperForConditionalGeneration if speech else transformers.T5ForConditionalGeneration
+    model = kind.from_pretrained(folder).eval()
+    features = np.random.default_rng(0).normal(0, 1, (3, 16, 100)).astype(np.float32)
+    prompts: Any = {"input_features": features} if speech else PROMPTS
+    given = (
+        [{"input_features": torch.tensor(each[None])} for each in features]
+        if speech
+        else [{"input_ids": torch.tensor([ids])} for ids in PROMPTS]
+    )
+    for beams in (1, 4):
+        got: list[list[int]] = [[] for _ in given]
+        for token in engine.generate(prompts, Sampling(max_new_tokens=20, beams=beams)):
+            got[token.prompt].append(token.token_id)
+        # Whisper's own generate() adds suppressed tokens and timestamps; this is the loop below it.
+        generate = transformers.GenerationMixin.generate
+        judge = [generate(model, **each, max_new_tokens=20, do_sample=False, num_beams=beams)[0, 1:] for each in given]
+        assert got == [ids.tolist() for ids in judge]
 
 
 class NumpyStepper:
