@@ -76,7 +76,8 @@ def _shapes(module: Any, dynamic: list[dict[int, Any]]) -> Any:
     parameters = list(inspect.signature(module.forward).parameters.values())
     if parameters and parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
         plain = len(parameters) - 1
-        return (*dynamic[:plain], tuple(dynamic[plain:]))
+        rest = tuple(dynamic[plain:])
+        return (*dynamic[:plain], rest) if rest else tuple(dynamic)
     return tuple(dynamic)
 
 
@@ -110,12 +111,15 @@ def _use_plain_names(program: Any) -> None:
     import torch
 
     aten = torch.ops.aten
-    casts = {aten.to.dtype: 1, aten.to.device: 2, aten.to.dtype_layout: None, aten.type_as.default: None}
+    casts = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default}
     operators = {
         aten.__and__.Tensor: aten.bitwise_and.Tensor,
         aten.__or__.Tensor: aten.bitwise_or.Tensor,
+        aten.min.other: aten.minimum.default,
+        aten.max.other: aten.maximum.default,
     }
-    same = {aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+    same = {aten.contiguous.default, aten.detach.default, aten.detach_.default, aten.alias.default}
+    same.add(aten.lift_fresh_copy.default)
     checks = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
     checks |= {aten.sym_constrain_range_for_size.default, aten._assert_async.default}
     graph = program.graph_module.graph
@@ -128,11 +132,13 @@ def _use_plain_names(program: Any) -> None:
             graph.erase_node(node)
         elif node.target in casts or node.target in same:
             source, dtype = node.args[0], node.meta["val"].dtype
-            if source.meta["val"].dtype == dtype:
+            if source.meta["val"].dtype != dtype:
+                node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+            elif any(user.op == "output" for user in node.users):  # the program's signature names this node
+                node.target, node.args, node.kwargs = aten.clone.default, (source,), {}
+            else:
                 node.replace_all_uses_with(source, propagate_meta=False)
                 graph.erase_node(node)
-            else:
-                node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
     program.graph_module.recompile()
 
 
