@@ -71,7 +71,8 @@ def build(
     started = datetime.now(UTC)
     store = open_store(root)
     try:
-        prepared = prepare(recipe, store, overrides=overrides, only=only, locked=locked, offline=offline, update=update)
+        pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
+        prepared = prepare(recipe, store, overrides=overrides, only=only, **pinning)
         if prepared.job.sources.note:
             click.echo(f"note: {prepared.job.sources.note}", err=True)
         last = store.last(_memory(prepared))

@@ -62,11 +62,12 @@ def prepare(
     locked: bool = False,
     offline: bool = False,
     update: bool = False,
+    write_lock: bool = False,
 ) -> Prepared:
     """Read, pin and plan. Raises before anything runs for whatever can be known before anything runs."""
     recipe = read(path, overrides, only)
     # A one-off source must not cost the recipe its pin.
-    write = not any(each.startswith(("model", "calibration", "parity")) for each in overrides)
+    write = write_lock and not any(each.startswith(("model", "calibration", "parity")) for each in overrides)
     sources = pin(recipe, path, locked=locked, offline=offline, update=update, write=write, cache=store.root)
     names = [file.path for file in sources.model.files]
     task = recipe.model.task or task_of(sources.config, names, recipe.model.source)

@@ -31,7 +31,10 @@ def status(plan: Plan, store: Store, last: Mapping[str, str]) -> Iterator[Status
 
 
 def _reason(step: PlannedStep, store: Store, last: Mapping[str, str]) -> str:
-    before = store.key_text(last.get(f"{step.targets[0]}/{step.name}", ""))
+    key = last.get(f"{step.targets[0]}/{step.name}", "")
+    if key == step.key:
+        return "its result was removed"
+    before = store.key_text(key)
     if before is None:
         return "not built yet"
     old, new = dict(_flat(before)), dict(_flat(step.key_text))
@@ -41,7 +44,7 @@ def _reason(step: PlannedStep, store: Store, last: Mapping[str, str]) -> str:
         if old.get(path) != new.get(path) and not path.startswith("needs.")
     ]
     changes += [f"{role} changed" for role in step.needs if old.get(f"needs.{role}") != new.get(f"needs.{role}")]
-    return "; ".join(changes) or "its result was removed"
+    return "; ".join(changes)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
