@@ -80,4 +80,4 @@ def test_a_miss_says_what_changed(hardware: Hardware, tmp_path: Path) -> None:
     (store.path(made.steps[1].key) / "out/f").write_text("changed")
     assert [s.reason for s in status(made, store, last)] == ["", "f has changed"]
     store.remove(made.steps[1].key)
-    assert [s.reason for s in status(made, Store(tmp_path), last)] == ["", "not built yet"]
+    assert [s.reason for s in status(made, Store(tmp_path), last)] == ["", "its result was removed"]

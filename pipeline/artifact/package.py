@@ -66,7 +66,7 @@ def assemble(
                 swap.recover(destination)
                 present = _present(destination, payload, manifest_facts)
                 if present is None:
-                    _check_replaceable(destination)
+                    check_replaceable(destination)
                     data = _manifest(payload, manifest_facts)
                     _write(payload, data, destination, link, statements, manifest_facts.name)
                     return Assembled(artifact_id(data), given, True)
@@ -182,7 +182,7 @@ def _same(content: Path | bytes, there: Path, listed: Mapping[str, Any], since: 
     return sha256_file(there) == listed["digest"] and (linked or sha256_file(content) == listed["digest"])
 
 
-def _check_replaceable(destination: Path) -> None:
+def check_replaceable(destination: Path) -> None:
     """Refuse to replace what is not an artifact: somebody's folder is not ours to delete."""
     if not destination.exists():
         return

@@ -69,6 +69,9 @@ def build(
     Exit code 0 means that every gate passed and every artifact is complete.
     """
     started = datetime.now(UTC)
+    for option, file in (("--events", events), ("--junit", junit)):
+        if file and file != "-":
+            preflight.report_file(Path(file), option)
     store = open_store(root)
     try:
         pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
@@ -89,7 +92,7 @@ def build(
     with opened(events) as stream:
         missing = [state.step.label for state in states if not state.hit]
         if missing:
-            preflight.check(prepared, store, probe())
+            preflight.check(prepared, store, probe(), out)
         results = _run(prepared, store, missing, costs, stream, jobs, quiet or form == "json")
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)

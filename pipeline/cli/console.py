@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import click
 
+from pipeline.errors import RecipeError
 from pipeline.run.local import Event
 
 Listener = Callable[[Event], None]
@@ -108,7 +109,12 @@ def opened(events: str | None) -> Iterator[IO[str] | None]:
     elif events == "-":
         yield sys.stderr
     else:
-        with Path(events).open("w", encoding="utf-8") as handle:
+        try:
+            Path(events).parent.mkdir(parents=True, exist_ok=True)
+            handle = Path(events).open("w", encoding="utf-8")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise RecipeError(f"--events: {events} cannot be written: {error.strerror}") from None
+        with handle:
             yield handle
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
+
 from pipeline.artifact.attest import ParityResult
 from pipeline.artifact.package import Assembled
 from pipeline.cli.console import megabytes, table
@@ -178,23 +180,36 @@ def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
                 ElementTree.SubElement(case, "failure", message=gates.explain(verdict))
             elif verdict.outcome is not Outcome.PASSED:
                 ElementTree.SubElement(case, "skipped", message=str(verdict.outcome))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        raise StageError(f"--junit: {path} cannot be written: {error.strerror}") from error
 
 
 def tell_github(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> None:
     """Append to GITHUB_STEP_SUMMARY and GITHUB_OUTPUT where a workflow has set them."""
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        shown = SHOWN[judged[0].kind] if judged else ()
-        head = ("target", "precision", "size", *shown, "gates")
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for each in judged:
-            values = [_number(each.metrics.get(metric)) for metric in shown]
-            cells = [each.target, each.precision, megabytes(each.size_bytes), *values, str(each.outcome)]
-            lines.append(f"| {' | '.join(cells)} |")
-        with Path(summary).open("a", encoding="utf-8") as handle:
+    shown = SHOWN[judged[0].kind] if judged else ()
+    head = ("target", "precision", "size", *shown, "gates")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in judged:
+        values = [_number(each.metrics.get(metric)) for metric in shown]
+        cells = [each.target, each.precision, megabytes(each.size_bytes), *values, str(each.outcome)]
+        lines.append(f"| {' | '.join(cells)} |")
+    _append("GITHUB_STEP_SUMMARY", lines)
+    _append(
+        "GITHUB_OUTPUT",
+        [f"artifact_id_{n}={a.artifact_id}\nartifact_{n}={a.path}" for n, a in made.items()],
+    )
+
+
+def _append(variable: str, lines: Sequence[str]) -> None:
+    """Add lines to the file that an environment variable names. The artifacts are there: that it fails is a note."""
+    path = os.environ.get(variable)
+    if not path or not lines:
+        return
+    try:
+        with Path(path).open("a", encoding="utf-8") as handle:
             handle.write("\n".join(lines) + "\n")
-    if output := os.environ.get("GITHUB_OUTPUT"):
-        with Path(output).open("a", encoding="utf-8") as handle:
-            for name, artifact in made.items():
-                handle.write(f"artifact_id_{name}={artifact.artifact_id}\nartifact_{name}={artifact.path}\n")
+    except OSError as error:
+        click.echo(f"note: {variable} ({path}) cannot be written: {error.strerror}", err=True)

@@ -1,14 +1,16 @@
-"""Will it fit? Disk and memory that a build needs, held against what the host has, before anything runs."""
+"""Will it fit, and can its results be written? Asked before anything runs."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.artifact.package import check_replaceable
 from pipeline.cli.console import megabytes
 from pipeline.cli.prepare import Prepared
-from pipeline.errors import EnginewrightError, StageError, UnavailableError
+from pipeline.errors import EnginewrightError, RecipeError, StageError, UnavailableError
 from pipeline.hardware import Hardware
 from pipeline.store import Store
 
@@ -35,9 +37,23 @@ def need(prepared: Prepared) -> tuple[int, int]:
 
 def free(path: Path) -> int:
     """Free bytes on the disk of a path that may not exist yet."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    path = path.absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
+
+
+def _obstacle(folder: Path) -> str:
+    """Why no file can be made in a folder that may not exist yet; empty if one can."""
+    there = _nearest(folder)
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
 
 
 def problems(prepared: Prepared, store: Store, host: Hardware) -> Iterator[EnginewrightError]:
@@ -57,7 +73,21 @@ def problems(prepared: Prepared, store: Store, host: Hardware) -> Iterator[Engin
         )
 
 
-def check(prepared: Prepared, store: Store, host: Hardware) -> None:
-    """Raise the first of `problems`."""
+def check(prepared: Prepared, store: Store, host: Hardware, out: Path) -> None:
+    """Raise the first of `problems`, or what forbids to publish in `out`."""
     for problem in problems(prepared, store, host):
         raise problem
+    for target in prepared.plan.targets:
+        place = out / prepared.recipe.name / target
+        if obstacle := _obstacle(place.parent):
+            raise StageError(f"no artifact can be written to {out}: {obstacle}", hint="choose another --out")
+        check_replaceable(place)
+
+
+def report_file(path: Path, option: str) -> None:
+    """Refuse a place for a report that cannot be written. Raises RecipeError that names the option."""
+    obstacle = f"{path} is a folder" if path.is_dir() else _obstacle(path.parent)
+    if not obstacle and path.exists() and not os.access(path, os.W_OK):
+        obstacle = f"{path} cannot be written"
+    if obstacle:
+        raise RecipeError(f"{option}: {obstacle}", hint="give the path of a file that you may write")

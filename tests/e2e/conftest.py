@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ALL_TARGETS, COPIES, Done, Site, command
 from tests.conftest import ROOT
+from tests.e2e.harness import ALL_TARGETS, COPIES, Done, Site, command
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ class Running:
     """A command under way."""
 
     def __init__(self, argv: list[str], cwd: Path, env: Mapping[str, str] | None, prefix: tuple[str, ...] = ()) -> None:
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
         self.started = time.monotonic()
         program = str(BIN / argv[0])
         self.process = subprocess.Popen(
@@ -150,7 +150,9 @@ def customized(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def command(*argv: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Done:
+def command(
+    *argv: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> Done:
     """Run an installed console script to its end."""
     return Running([str(word) for word in argv], cwd, env, prefix).end()
 
