@@ -29,7 +29,7 @@ import measure
 from jobs import OURS, Attempt, Interpreters, Job
 
 HOME = environments.HOME
-# Steps of Enginewright that no peer has: they prove the result. `golden` cuts the inputs that prove it elsewhere.
+# Steps of Enginewright that no peer has: they prove the result, here and (golden) where the artifact goes.
 PROVING = {"reference", "golden", "prompts"}
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 INT8: dict[str, object] = {"precision": "int8"}

@@ -41,6 +41,16 @@ class Variant:
     folder: Path
 
 
+def run(command: Sequence[str | Path]) -> None:
+    """A build, with its output in the log."""
+    log = HOME / "logs" / "decode.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as handle:
+        done = subprocess.run(command, env=builds.environment(), stdout=handle, stderr=handle)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\nfailed with exit code {done.returncode}: see {log}")
+
+
 def ours(model: str, checkpoint: Path) -> dict[int, Path]:
     """Build int4 with each group size; the artifacts' folders."""
     targets: dict[str, dict[str, object]] = {
@@ -49,8 +59,7 @@ def ours(model: str, checkpoint: Path) -> dict[int, Path]:
     }
     recipe = inputs.recipe(HOME, f"decode-{model}", targets, model_folder=checkpoint, samples=2, length=32)
     work, script = HOME / "decode", Path(sys.executable).parent / "build"
-    command = [script, recipe, "--quiet", "--out", work / "out", "--cache", work / "cache"]
-    subprocess.run(command, check=True, env=builds.environment(), stdout=subprocess.DEVNULL)
+    run([script, recipe, "--quiet", "--out", work / "out", "--cache", work / "cache"])
     return {size: work / "out" / f"decode-{model}" / f"int4-{size}" for size in GROUPS}
 
 
@@ -60,10 +69,18 @@ def builder(model: str, checkpoint: Path) -> dict[int, Path]:
     for size in GROUPS:
         folder = HOME / "decode" / "builder" / f"{model}-{size}"
         if not (folder / "genai_config.json").exists():
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", folder]
+            command: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-i",
+                checkpoint,
+                "-o",
+                folder,
+            ]
             command += ["-p", "int4", "-e", "cpu", "-c", HOME / "decode" / "builder-cache"]
-            command += ["--extra_options", f"int4_block_size={size}"]
-            subprocess.run(command, check=True, env=builds.environment(), stdout=subprocess.DEVNULL)
+            command += ["--extra_options", f"block_size={size}"]
+            run(command)
         made[size] = folder
     return made
 
@@ -107,9 +124,11 @@ class Child:
         command = [sys.executable, script, variant.kind, str(variant.folder)]
         command += ["--prompt", str(prompt), "--new", str(new), "--threads", str(threads)]
         environment = {**builds.environment(), "PYTHONPATH": str(inputs.ROOT), "OMP_NUM_THREADS": str(threads)}
+        log = (HOME / "logs" / "decode.log").open("ab")
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
+        log.close()
         self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -1,0 +1,378 @@
+"""Write docs/benchmarks.md and its plots from the figures that builds.py, decode.py and quality.py left in .bench.
+
+python bench/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import environments
+import jobs
+import plots
+from jobs import GENAI, OLIVE, OPTIMUM, OURS
+
+Figures = Mapping[str, Any]
+DOCS = environments.ROOT / "docs"
+GENERATED = (
+    "<!-- Written by bench/page.py from measurements. Run the scripts again instead of changing this page. -->\n"
+)
+PHASES = {"cold": "cold", "warm": "again, nothing changed", "edit": "last step changed", "help": "`--help`"}
+BUILD_STEPS = f"{OURS}, build steps alone"
+
+ABOUT = f"""\
+How to read it:
+
+* **CPU s** is user + system time of the whole process tree, the median of the runs with the smallest and the largest
+  behind it. It is the figure to compare: wall time grows when others use the machine, CPU time hardly does.
+* **Peak** is the resident memory of the largest process. **Disk** is what the job's folder held at the end, cache and
+  result together, hard links counted once; **result** is the finished model alone.
+* **×** is CPU time over that of {OURS}'s whole build: above 1, {OURS} is faster.
+* {OURS}'s **whole build** also runs the source checkpoint in torch at fp32 on held-out text, compares the engine with
+  it, judges the gates, keeps golden inputs and writes a manifest. No peer does this by default: Optimum compares one
+  random batch and warns, Olive and GenAI's builder compare nothing. **Build steps alone** is the same run without the
+  CPU time of the steps that prove (`reference`, `parity`, `golden`), and the peak of the others. The command, which
+  plans, starts the steps and packages, is in both.
+
+What is not comparable:
+
+* The tools do not write the same graph. {OURS} and GenAI's builder write fused decoders, Optimum writes torch's graph
+  with a cache as inputs and outputs. int8 of BERT is dynamic in all three, with different choices of operators.
+* {OURS} keeps every intermediate result in its store for later builds, and so does Olive; Optimum and GenAI's builder
+  keep nothing, and pay with a full run each time.
+* {OURS}'s artifact holds tokenizer and configuration; Olive's result for a BERT is a model.onnx alone.
+* Olive's default exporter does not convert all-MiniLM under transformers 5 (`forward() got multiple values for argument
+  'use_cache'`); its dynamo exporter does, and is what is measured there.
+* For mid-llama (random weights) {OURS} runs all of parity on 4 samples of 64 tokens, and its gates are off: how close
+  random weights come says nothing.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
+    """A Markdown table; columns from `right` on are aligned to the right."""
+    rule = ["---"] * right + ["---:"] * (len(head) - right)
+    lines = [head, rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ranged(figures: Figures, name: str, digits: int = 1, scale: float = 1) -> str:
+    """`5.3 (5.1-5.6)`; the range only where there is one."""
+    low, high = (f"{value * scale:.{digits}f}" for value in figures[f"{name}_range"])
+    middle = f"{figures[name] * scale:.{digits}f}"
+    return middle if figures.get("runs", figures.get("rounds", 1)) == 1 or low == high else f"{middle} ({low}-{high})"
+
+
+def megabytes(size: float) -> str:
+    """Decimal megabytes, three figures."""
+    value = size / 1e6
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _exit(codes: Sequence[int]) -> str:
+    return " ".join(str(code) if code == 0 else f"**{code}**" for code in codes)
+
+
+def build_rows(job: Figures) -> list[list[str]]:
+    """The rows of one job: phase by phase, the tools below each other."""
+    rows = []
+    for phase in job["tools"][OURS]:
+        whole = job["tools"][OURS][phase]
+        for tool in jobs.TOOLS:
+            if phase not in job["tools"].get(tool, {}):
+                continue
+            figures = job["tools"][tool][phase]
+            split = tool == OURS and phase == "cold"
+            rows.append(
+                [
+                    PHASES[phase],
+                    f"{OURS}, whole build" if split else tool,
+                    ranged(figures, "cpu_s", 2 if figures["cpu_s"] < 1 else 1),
+                    f"{figures['cpu_s'] / whole['cpu_s']:.2g}",
+                    f"{figures['wall_s']:.1f}",
+                    megabytes(figures["peak_bytes"]),
+                    megabytes(figures["disk_bytes"]) if "disk_bytes" in figures else "",
+                    megabytes(figures["output_bytes"]) if "output_bytes" in figures else "",
+                    _exit(figures["exit_codes"]),
+                ]
+            )
+            if split:
+                alone = figures["build_only"]
+                rows.append(
+                    [
+                        PHASES[phase],
+                        BUILD_STEPS,
+                        ranged(alone, "cpu_s", 2 if alone["cpu_s"] < 1 else 1),
+                        f"{alone['cpu_s'] / whole['cpu_s']:.2g}",
+                        "",
+                        megabytes(alone["peak_bytes"]),
+                        "",
+                        "",
+                        "",
+                    ]
+                )
+    return rows
+
+
+HEAD = ("", "tool", "CPU s", "×", "wall s", "peak MB", "disk MB", "result MB", "exit")
+
+
+def job_section(job: Figures) -> str:
+    """A job's table with what must be known to read it."""
+    parts = [f"### {job['title']}", ""]
+    if job["parameters"]:
+        parts += [f"{job['parameters'] / 1e6:.1f} million parameters.", ""]
+    parts += [table(HEAD, build_rows(job), 2), ""]
+    notes = [f"{tool}: {reason}." for tool, reason in job["missing"].items()]
+    notes += [job["note"]] if job["note"] else []
+    ours = job["tools"][OURS]
+    if "imports" in ours.get("warm", {}):
+        heavy = [name for name in ours["warm"]["imports"] if name != "numpy"]
+        names = " and ".join(heavy) if heavy else "neither torch nor transformers nor onnx nor onnxruntime"
+        notes.append(f"{OURS}'s build with all in the store imported {names}.")
+    if "exports" in ours.get("cold", {}):
+        notes.append(f"{OURS}'s export ran {times(ours['cold']['exports'])}.")
+    parts += [" ".join(notes), ""] if notes else []
+    low, high = min(job["load"]), max(job["load"])
+    parts += [f"Measured on {job['date']}, {_runs(job)}, load average {low} to {high}.", ""]
+    return "\n".join(parts)
+
+
+def times(count: int) -> str:
+    """How often."""
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _runs(job: Figures) -> str:
+    count = next(iter(job["tools"][OURS].values()))["runs"]
+    return "one run each" if count == 1 else f"{count} runs each"
+
+
+def comparisons(found: Mapping[str, Figures]) -> list[tuple[str, str, float, float, float, float]]:
+    """(job and phase, peer, our CPU s, its CPU s, our peak, its peak) where both succeeded; builds by build steps."""
+    rows = []
+    for job in found.values():
+        for phase, ours in job["tools"][OURS].items():
+            mine = ours["build_only"] if phase == "cold" and "build_only" in ours else ours
+            for tool in (OLIVE, OPTIMUM, GENAI):
+                theirs = job["tools"].get(tool, {}).get(phase)
+                if theirs and theirs["exit_codes"] == [0] and ours["exit_codes"] == [0]:
+                    name = f"{job['title']}, {PHASES[phase]}"
+                    rows.append((name, tool, mine["cpu_s"], theirs["cpu_s"], mine["peak_bytes"], theirs["peak_bytes"]))
+    return rows
+
+
+def reading(found: Mapping[str, Figures], decode: Figures | None) -> list[str]:
+    """The results in a few lines, worst news included, computed and not remembered."""
+    lines = []
+    for title, better in (("ahead", True), ("behind", False)):
+        rows = [row for row in comparisons(found) if (row[2] <= row[3]) == better]
+        rows.sort(key=lambda row: row[3] / row[2], reverse=better)
+        if not rows:
+            continue
+        lines.append(f"Builds, by CPU time of the build steps: where {OURS} is {title}")
+        lines.append("")
+        shown = [
+            [
+                name,
+                tool,
+                f"{mine:.1f}",
+                f"{theirs:.1f}",
+                f"{theirs / mine:.1f}",
+                f"{megabytes(my)} : {megabytes(their)}",
+            ]
+            for name, tool, mine, theirs, my, their in rows
+        ]
+        lines += [table(("job", "peer", "CPU s", "peer's", "×", "peak MB", "peer's"), shown, 2), ""]
+    for model, figures in (decode or {}).get("models", {}).items():
+        best = max(figures["rows"], key=lambda row: row["tokens_per_s"])
+        torch = next(row for row in figures["rows"] if row["name"].startswith("torch"))
+        lines.append(
+            f"Decoding {model}: the fastest is {best['name']} with {best['tokens_per_s']:.0f} tokens/s, "
+            f"{best['tokens_per_s'] / torch['tokens_per_s']:.0f} times torch at fp32."
+        )
+        lines.append("")
+    return lines
+
+
+def decode_section(decode: Figures) -> str:
+    """Tokens/s, time to the first token, memory."""
+    parts = ["## Decoding", ""]
+    for model, figures in decode["models"].items():
+        rows = [
+            [
+                row["name"],
+                ranged(row, "tokens_per_s"),
+                ranged(row, "first_token_s", 0, 1e3),
+                megabytes(row["peak_bytes"]),
+                megabytes(row["size_bytes"]),
+            ]
+            for row in figures["rows"]
+        ]
+        parts += [
+            f"### {model}",
+            "",
+            f"{figures['parameters'] / 1e6:.1f} million parameters, batch 1, prompt of {figures['prompt']} tokens, "
+            f"{figures['new']} new tokens, {figures['threads']} threads. Median of {figures['rows'][0]['rounds']} "
+            f"rounds (smallest-largest); in a round the engines run one after the other. Load average "
+            f"{min(figures['load'])} to {max(figures['load'])}, {figures['date']}.",
+            "",
+            table(("engine", "tokens/s", "first token ms", "peak MB", "weights MB"), rows),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def parity_section(documents: Sequence[Figures]) -> str:
+    """The metrics of the recipes that ship."""
+    parts = [
+        "## Parity",
+        "",
+        "Against the checkpoint in torch at fp32, on held-out data; every gate at its default.",
+        "",
+    ]
+    shown = {
+        "kld_mean": "mean KL divergence",
+        "kld_p99": "KL p99",
+        "top1": "top-1",
+        "perplexity_ratio": "perplexity ratio",
+        "greedy_equal": "equal greedy texts",
+        "cosine_mean": "mean cosine",
+        "cosine_min": "least cosine",
+        "max_abs_error": "largest error",
+        "spearman": "Spearman",
+    }
+    for document in documents:
+        present = [name for name in shown if name in document["targets"][0]["metrics"]]
+        rows = []
+        for each in document["targets"]:
+            values = [
+                f"{each['metrics'][name]:.6g}" if each["metrics"].get(name) is not None else "" for name in present
+            ]
+            gates = f"{sum(g['outcome'] == 'passed' for g in each['gates'])} of {len(each['gates'])}"
+            rows.append([each["precision"], f"{each['size_bytes'] / 1e6:.1f}", *values, gates])
+        head = ("precision", "MB", *(shown[name] for name in present), "gates passed")
+        parts += [f"### {document['recipe']}", "", table(head, rows), ""]
+    return "\n".join(parts)
+
+
+def quality_section(quality: Figures) -> str:
+    """int4 of GenAI's builder beside ours, judged by the same reference."""
+    rows = [
+        [
+            row["name"],
+            f"{row['size_bytes'] / 1e6:.2f}",
+            f"{row['metrics']['kld_mean']:.3g}",
+            f"{row['metrics']['top1']:.3f}",
+            f"{row['metrics']['perplexity_ratio']:.4f}",
+        ]
+        for row in quality["rows"]
+    ]
+    return "\n".join(
+        [
+            "### int4 of GenAI's builder and ours",
+            "",
+            "Speed alone says little: the same reference of pydoc-llama judges both tools' int4 engines, run by the "
+            f"same ONNX Runtime ({quality['samples']} samples).",
+            "",
+            table(("engine", "weights MB", "mean KL divergence", "top-1", "perplexity ratio"), rows),
+            "",
+        ]
+    )
+
+
+def commands_section(found: Mapping[str, Figures]) -> str:
+    """What was run, by job and tool."""
+    parts = [
+        "## Commands",
+        "",
+        "```console",
+        "python bench/builds.py     # makes .bench/olive and .bench/optimum where they are missing",
+        "python bench/decode.py",
+        "python bench/quality.py",
+        "python bench/page.py",
+        "```",
+        "",
+        "Each tool runs in a folder of its own. Recipes and workflows below `.bench/inputs` are written by the script.",
+        "",
+    ]
+    for job in found.values():
+        parts += ["<details>", f"<summary>{job['title']}</summary>", "", "```console"]
+        for tool, phases in job["commands"].items():
+            for phase, commands in phases.items():
+                parts.append(f"# {tool}: {PHASES[phase].replace('`', '')}")
+                parts += commands
+        parts += ["```", "", "</details>", ""]
+    return "\n".join(parts)
+
+
+def versions_section(versions: Mapping[str, Mapping[str, str]]) -> str:
+    """Which distributions each environment holds."""
+    names = [name for name in environments.SHOWN if any(name in found for found in versions.values())]
+    rows = [[name, *(found.get(name, "") for found in versions.values())] for name in names]
+    return table(("", *(f"{tool}'s environment" for tool in versions)), rows)
+
+
+def page(builds: Figures, decode: Figures | None, quality: Figures | None) -> str:
+    """The whole page."""
+    found, machine = builds["jobs"], builds["machine"]
+    busy = max(max(job["load"]) for job in found.values()) > machine["processors"]
+    shared = (
+        " **Other work ran on it at the same time**: wall times and tokens/s are lower bounds of what it can do."
+        if busy
+        else ""
+    )
+    parts = [
+        GENERATED,
+        "# Benchmarks",
+        "",
+        f"{OURS} beside [Olive](https://github.com/microsoft/Olive), "
+        "[Optimum](https://github.com/huggingface/optimum-onnx) and the model builder of "
+        "[ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai), in one run on one machine.",
+        "",
+        f"Machine: {machine['processors']} processors, {machine['arch']} ({', '.join(machine['isa'])}), "
+        f"{machine['memory_gb']} GB, {machine['os']}, Python {machine['python']}, no GPU.{shared}",
+        "",
+        "## The results in short",
+        "",
+        *reading(found, decode),
+        "![CPU seconds of builds](img/bench-builds.svg)",
+        "",
+        ABOUT,
+        "## Builds",
+        "",
+        *(job_section(job) for job in found.values()),
+    ]
+    if "parity" in builds:
+        parts.append(parity_section(builds["parity"]))
+    if quality:
+        parts.append(quality_section(quality))
+    if decode:
+        parts += [decode_section(decode), "![Tokens per second](img/bench-decode.svg)", ""]
+    parts += ["## Versions", "", versions_section(builds["versions"]), "", commands_section(found)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _read(name: str) -> Any:
+    file = environments.HOME / name
+    return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+
+def main() -> int:
+    builds, decode, quality = _read("builds.json"), _read("decode.json"), _read("quality.json")
+    if builds is None:
+        raise SystemExit("there are no figures yet: run bench/builds.py")
+    path: Path = DOCS / "benchmarks.md"
+    path.write_text(page(builds, decode, quality), "utf-8")
+    plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
+    if decode:
+        plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")
+    print(path.relative_to(environments.ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
