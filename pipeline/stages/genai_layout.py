@@ -37,6 +37,9 @@ _COPIED = (
     "sentence_bert_config.json",
 )
 
+_GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+"""Types that GenAI knows by name. Others are `decoder`, phi3 too: by that name GenAI expects LongRoPE's two tables."""
+
 
 def copy_model_files(model: Path, out: Path) -> list[str]:
     """Copy configuration and tokenizer files from a model folder. Returns the names."""
@@ -65,10 +68,13 @@ def write_engine(
     _write(out / "engine.json", engine)
 
 
-def write_genai_config(out: Path, export: Mapping[str, Any], model: Path, *, threads: int, file: str) -> None:
-    """genai_config.json for a decoder whose graph is `file`.
+def write_genai_config(
+    out: Path, export: Mapping[str, Any], model: Path, *, threads: int, file: str, positions: bool
+) -> None:
+    """genai_config.json for a decoder whose graph is `file`; `positions` says whether it has the input position_ids.
 
     `threads` is for ONNX Runtime's intra-op pool; 0 is one thread a physical core, chosen where the model is loaded.
+    Without the field GenAI takes half of the logical cores, which is one on a machine of two.
     """
     decoder = export["decoder"]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -104,6 +110,7 @@ def write_genai_config(out: Path, export: Mapping[str, Any], model: Path, *, thr
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
+                    **({"position_ids": "position_ids"} if positions else {}),
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -128,13 +135,10 @@ def write_genai_config(out: Path, export: Mapping[str, Any], model: Path, *, thr
             "early_stopping": True,
             "min_length": 0,
             "max_length": decoder["context_length"],
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": decoder["cache"] == "gqa",
         },
     }
     _write(out / "genai_config.json", content)
-
-
-_GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ from pipeline.stages.onnx_graph import MICROSOFT, Graph
 from pipeline.stages.onnx_rope import rope_tables
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+TABLES = ("cos_cache", "sin_cache")
+"""Beginnings of the names of computed tables, which are no weights."""
 _INT64_MAX = 2**63 - 1
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Endings of tensors that old checkpoints carry and nobody reads."""
@@ -183,7 +185,8 @@ class _Builder:
         if rope not in self.tables:
             suffix = f".{len(self.tables)}" if self.tables else ""
             cos, sin = rope_tables(rope, self.positions)
-            self.tables[rope] = (self.g.table(f"cos_cache{suffix}", cos), self.g.table(f"sin_cache{suffix}", sin))
+            names = f"{TABLES[0]}{suffix}", f"{TABLES[1]}{suffix}"
+            self.tables[rope] = self.g.table(names[0], cos), self.g.table(names[1], sin)
         return self.tables[rope]
 
     def _mlp(self, name: str, hidden: str) -> str:

@@ -87,8 +87,8 @@ def tables(graph: ExportedGraph) -> list[Any]:
     """The Gather nodes that look rows up in a large two-dimensional float table."""
 
     def is_table(node: Any) -> bool:
-        tensor = graph.initializers.get(node.input[0])
-        if node.op_type != "Gather" or tensor is None or tensor.data_type not in _FLOATS or len(tensor.dims) != 2:
+        tensor = graph.initializers.get(node.input[0]) if node.op_type == "Gather" else None
+        if tensor is None or tensor.data_type not in _FLOATS or len(tensor.dims) != 2:
             return False
         axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
         return bool(axis == 0 and tensor.dims[0] * tensor.dims[1] >= _TABLE)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.stages.checkpoint import FLOATS
+from pipeline.stages.onnx_decoder import TABLES
 from pipeline.stages.onnx_half import halve
 from pipeline.stages.onnx_nbits import Algorithm, shapes
 from pipeline.stages.onnx_patterns import Linear, head, pack, projections, tables
@@ -63,6 +64,11 @@ class Placer:
         onnx.save_model(graph.proto, path)
         return self._facts()
 
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the graph's inputs."""
+        return [value.name for value in self.graph.proto.graph.input]
+
     def _facts(self) -> dict[str, Any]:
         weights = sum(elements for elements, _, _ in self.counts.values())
         size = sum(size for _, size, _ in self.counts.values())
@@ -101,7 +107,7 @@ class Placer:
                 kind = FLOAT16
             size = sink.declare(name, source.shape, kind)
             self.jobs.append((source.length, partial(stream, source=source, kind=kind)))
-            if source.dtype in FLOATS:
+            if source.dtype in FLOATS and not name.startswith(TABLES):
                 self._count(_NAMES[kind], source.elements, size)
 
     # what is quantized

@@ -12,7 +12,7 @@ from pipeline.stages.onnx_patterns import Linear
 BITS = {"int8": 8, "int4": 4}
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 _SENSITIVE = re.compile(r"\.(v_proj|qkv_proj|down_proj)\b")
-_SMALLEST = 4096
+_SMALLEST = 1024
 """Products with fewer weights than this are left alone: there is nothing to gain."""
 
 

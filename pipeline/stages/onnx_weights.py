@@ -74,13 +74,15 @@ def run(inputs: Inputs, options: WeightOptions, out: Path, progress: Progress) -
             hint="choose one of them",
         )
     export = read_json(inputs["export"] / "export.json")
-    facts = {}
+    facts, names = {}, {}
     for component, file in export["components"].items():
         placer = Placer(inputs["export"] / file, inputs["model"], options)
         facts[component] = placer.write(out / file, progress)
+        names[component] = placer.inputs
     copy_model_files(inputs["model"], out)
     if export["kind"] == "decoder":
-        write_genai_config(out, export, inputs["model"], threads=options.threads, file=export["components"]["model"])
+        file, positions = export["components"]["model"], "position_ids" in names["model"]
+        write_genai_config(out, export, inputs["model"], threads=options.threads, file=file, positions=positions)
     quantization = None
     if options.precision in ("int8", "int4"):
         only = next(iter(facts.values())) if len(facts) == 1 else {"components": facts}
