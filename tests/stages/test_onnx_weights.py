@@ -421,16 +421,16 @@ def test_peak_memory_is_a_small_part_of_the_model(tmp_path: Path, precision: str
         {name: random.random(shape, np.float32) - 0.5 for name, shape in shapes.items()}, model / "model.safetensors"
     )
     (model / "config.json").write_text(json.dumps(config))
+    # VmHWM, for ru_maxrss of a child begins with what its parent had.
     code = (
-        "import resource, sys; from pathlib import Path; from tests.stages.decoders import engine\n"
+        "from pathlib import Path; from tests.stages.decoders import engine\n"
         f"engine(Path({str(model)!r}), Path({str(tmp_path / 'engine')!r}), precision={precision!r})\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     total = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
     assert total > 500 << 20
     assert int(done.stdout) << 10 < 200 << 20
-    assert resource.RUSAGE_SELF == 0
 
 
 # the trained model
