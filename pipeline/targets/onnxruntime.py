@@ -14,7 +14,7 @@ from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import TargetOptions, Task, option
-from pipeline.stages import measure, onnx_fused, onnx_torch, onnx_weights
+from pipeline.stages import measure, onnx_fused, onnx_optimum, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
@@ -85,10 +85,15 @@ def _export(job: Job, options: Options) -> Step:
         if problem := _fused_problem(job):
             raise problem
         return Step("export", onnx_fused.STAGE, onnx_fused.FusedOptions(), {"model": "model"})
-    told = onnx_torch.TorchExportOptions(
-        task=cast(Task, job.task),
-        trust_remote_code=job.recipe.model.trust_remote_code,
-    )
+    task, trusted = cast(Task, job.task), job.recipe.model.trust_remote_code
+    if exporter == "optimum":
+        if job.kind == "seq2seq":
+            raise RecipeError(
+                "exporter: optimum builds no encoder-decoders here", hint="leave `exporter` out, or say `torch`"
+            )
+        asked = onnx_optimum.OptimumOptions(task=task, trust_remote_code=trusted)
+        return Step("export", onnx_optimum.STAGE, asked, {"model": "model"})
+    told = onnx_torch.TorchExportOptions(task=task, trust_remote_code=trusted)
     return Step("export", onnx_torch.STAGE, told, {"model": "model"})
 
 
