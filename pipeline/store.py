@@ -93,12 +93,17 @@ class Store:
         try:
             record = json.loads((path / "entry.json").read_bytes())
             entry = Entry(key, path, tuple(record["files"]), record["run"])
+            known = {file["path"] for file in entry.files}
         except FileNotFoundError:
             if path.exists():
                 self.corrupt[key] = "entry.json is missing"
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self.corrupt[key] = f"entry.json is unreadable ({error})"
+            return None
+        there = (file.relative_to(entry.out).as_posix() for file in entry.out.rglob("*") if not file.is_dir())
+        if strays := sorted(set(there) - known):
+            self.corrupt[key] = f"{strays[0]} does not belong to it"
             return None
         fresh = False
         for file in entry.files:
@@ -142,8 +147,7 @@ class Store:
         as it is when the block ends.
         """
         scratch_root = self.root / "scratch"
-        for leftover in scratch_root.glob(f"{key}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear(key)
         scratch = scratch_root / f"{key}.{uuid.uuid4().hex[:8]}"
         (scratch / "out").mkdir(parents=True)
         try:
@@ -165,8 +169,15 @@ class Store:
             _sync(final.parent)
             self.corrupt.pop(key, None)
         finally:
-            for leftover in scratch_root.glob(f"{key}.*"):
+            self._clear(key)
+
+    def _clear(self, key: str) -> None:
+        """Delete what lies in the scratch directory of a key; a damaged result may be a file."""
+        for leftover in (self.root / "scratch").glob(f"{key}.*"):
+            if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def entries(self) -> Iterator[str]:
         """Every key, in order."""
@@ -188,7 +199,7 @@ class Store:
             trash.parent.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self.path(key).rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            self._clear(key)
 
     def gc(self, *, older_than_s: float = 0, max_bytes: int | None = None) -> list[tuple[str, int]]:
         """Remove results not used for `older_than_s`, the least recently used first, until `max_bytes` are left."""

@@ -168,8 +168,9 @@ def _files_present(destination: Path) -> dict[str, Path]:
 def _same(content: Path | bytes, there: Path, listed: Mapping[str, Any], since: int) -> bool:
     """Whether the file `there` still has the digest that the manifest lists, and is made of `content`.
 
-    A link to the source, or a copy with its size and mtime, is trusted if it was last written before `since`: when the
-    manifest was written, in ns, if an attestation vouches for the manifest, else 0. Any other file is hashed.
+    A link to the source (which the store has just looked at), or a copy with its size and mtime, is trusted if it was
+    last written before `since`: when the manifest was written, in ns, if an attestation vouches for the manifest, else
+    0. A copy must not have been touched in any way since then. Any other file is hashed.
     """
     if isinstance(content, bytes):
         return there.read_bytes() == content
@@ -177,7 +178,8 @@ def _same(content: Path | bytes, there: Path, listed: Mapping[str, Any], since: 
     if source.st_size != listed["size"] or copy.st_size != listed["size"]:
         return False
     linked = (source.st_dev, source.st_ino) == (copy.st_dev, copy.st_ino)
-    if (linked or source.st_mtime_ns == copy.st_mtime_ns) and copy.st_mtime_ns < since:
+    untouched = source.st_mtime_ns == copy.st_mtime_ns and copy.st_ctime_ns < since
+    if (linked or untouched) and copy.st_mtime_ns < since:
         return True
     return sha256_file(there) == listed["digest"] and (linked or sha256_file(content) == listed["digest"])
 
