@@ -26,8 +26,9 @@ def log_normalizer(logits_BV: Array) -> Array:
             f"the engine's logits are not finite (row {row})",
             hint="the precision may be too low for this model: try fp32, and look at the parity report",
         )
-    sums_B = np.exp(logits_BV - top_B[:, None]).sum(axis=-1, dtype=np.float64)
-    return np.asarray(np.log(sums_B) + top_B)
+    weights_BV = logits_BV - top_B[:, None]
+    np.exp(weights_BV, out=weights_BV)
+    return np.asarray(np.log(weights_BV.sum(axis=-1, dtype=np.float64)) + top_B)
 
 
 def penalize(scores_V: Array, seen: Array, penalty: float) -> Array:

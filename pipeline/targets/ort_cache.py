@@ -30,46 +30,40 @@ class SharedCache:
     each is read alone into its row, and the rows then go on together.
     """
 
-    def __init__(self, graph: Graph, heads: int, head_dim: int, batch: int, capacity: int) -> None:
+    def __init__(self, graph: Graph, heads: int, head_dim: int, vocab_size: int, batch: int, capacity: int) -> None:
         self._graph = graph
+        self._vocab_size = vocab_size
         self._names = cache_names(graph)
         self._shape = (heads, capacity, head_dim)
         # numpy's arrays on the CPU, OrtValues elsewhere. An OrtValue does not keep its array alive for its views.
         self._buffers = {name: self._buffer(self._zeros(name, batch)) for name in self._names}
         self._spare: dict[str, Any] = {}
         self._lengths = np.zeros(batch, np.int64)
+        # Of `step`, as long as the rows stay the same.
         self._binding: Any = None
-        self._logits: Any = None
+        self._logits: Array = np.zeros(0)
 
     def prefill(self, row: int, ids: Sequence[int]) -> Array:
         """Read a prompt into a row that is empty. Returns the last token's logits [V]."""
-        vocabulary = self._graph.outputs["logits"].shape[-1]
-        chunk = max(_SHORTEST_CHUNK, _LOGITS_BYTES // (4 * vocabulary)) if isinstance(vocabulary, int) else len(ids)
+        chunk = max(_SHORTEST_CHUNK, _LOGITS_BYTES // (4 * self._vocab_size))
         binding = self._graph.session.io_binding()
         self._bind_caches(binding, row, 1)
         for start in range(0, len(ids), chunk):
-            part = np.asarray(ids[start : start + chunk], np.int64)[None]
-            total = start + part.shape[1]
-            keep = self._bind_inputs(binding, part, np.ones((1, total), np.int64), np.arange(start, total)[None])
+            part = np.asarray(ids[start : start + chunk])[None]
+            places = np.arange(start, start + part.shape[1])[None]
+            self._bind_inputs(binding, part, np.ones((1, start + part.shape[1])), places)
             binding.bind_output("logits", "cpu")
             self._graph.call(lambda: self._graph.session.run_with_iobinding(binding))
-            del keep
         self._lengths[row] = len(ids)
         return np.array(binding.get_outputs()[-1].numpy()[0, -1], np.float32)  # a copy: the others are let go
 
     def step(self, tokens: Sequence[int]) -> Array:
         """Feed one token to every row. Returns the logits [B, V], which the next call overwrites."""
         if self._binding is None:
-            batch = len(self._lengths)
-            self._binding = self._graph.session.io_binding()
-            self._bind_caches(self._binding, 0, batch)
-            shape = (batch, 1, self._graph.outputs["logits"].shape[-1])
-            self._logits = np.empty(shape, self._graph.dtype("logits"))
-            self._binding.bind_output("logits", "cpu", 0, self._logits.dtype.type, shape, self._logits.ctypes.data)
-        mask = np.arange(self._lengths.max() + 1) <= self._lengths[:, None]
-        keep = self._bind_inputs(self._binding, np.asarray(tokens)[:, None], mask, self._lengths[:, None])
+            self._bind_step(len(self._lengths))
+        places = self._lengths[:, None]
+        self._bind_inputs(self._binding, np.array(tokens)[:, None], np.arange(places.max() + 1) <= places, places)
         self._graph.call(lambda: self._graph.session.run_with_iobinding(self._binding))
-        del keep
         self._lengths += 1
         return as_float32(self._logits[:, 0])
 
@@ -111,13 +105,19 @@ class SharedCache:
             binding.bind_input(past, *place)
             binding.bind_output(present, *place)
 
-    def _bind_inputs(self, binding: Any, ids: Array, mask: Array, positions: Array) -> list[Array]:
-        """Bind what is fed. The arrays must live as long as the run."""
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        arrays = {name: self._graph.cast(name, array) for name, array in feeds.items() if name in self._graph.inputs}
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
-        return list(arrays.values())
+    def _bind_step(self, batch: int) -> None:
+        """Bind what stays in its place while the rows stay the same: the caches and the logits."""
+        self._binding = self._graph.session.io_binding()
+        self._bind_caches(self._binding, 0, batch)
+        shape = (batch, 1, self._vocab_size)
+        self._logits = np.zeros(shape, self._graph.dtype("logits"))
+        self._binding.bind_output("logits", "cpu", 0, self._logits.dtype.type, shape, self._logits.ctypes.data)
+
+    def _bind_inputs(self, binding: Any, ids: Array, mask: Array, places: Array) -> None:
+        """Bind what is fed, anew at every pass: a binding to another device copies at once. It keeps the arrays."""
+        for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", places)):
+            if name in self._graph.inputs:
+                binding.bind_cpu_input(name, array.astype(self._graph.dtype(name)))
 
 
 def _copied(target: Array, source: Array, rows: Sequence[int], used: int) -> Array:

@@ -101,7 +101,9 @@ class _Shared:
 
     def prefill(self, prompts: Prompts, room: int) -> tuple[SharedCache, Array]:
         capacity = max(map(len, prompts)) + room
-        cache = SharedCache(self._graph, self._shape.heads, self._shape.head_dim, len(prompts), capacity)
+        cache = SharedCache(
+            self._graph, self._shape.heads, self._shape.head_dim, self._shape.vocab_size, len(prompts), capacity
+        )
         return cache, np.stack([cache.prefill(row, ids) for row, ids in enumerate(prompts)])
 
     def step(self, state: SharedCache, tokens: Sequence[int], rows: Sequence[int]) -> Array:
