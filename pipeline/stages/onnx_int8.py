@@ -1,0 +1,68 @@
+"""Stage onnxruntime.encoder: int8 for encoders, and for the two graphs of encoder-decoders, where prompts are long.
+
+Weights and activations are int8, so a product of many rows runs on integer instructions; MatMulNBits of stage
+onnxruntime.weights keeps activations in finer blocks, is nearer to fp32, and half as fast. Convolutions stay fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.recipe import option
+from pipeline.step import Inputs, Progress, Stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Options:
+    """How an encoder is quantized. fp32 and fp16 are onnxruntime.weights' own.
+
+    {measured}
+    """
+
+    precision: Literal["fp32", "fp16", "int8"] = option("int8", "Type of weights and activations of matrix products.")
+    mode: Literal["dynamic", "static"] = option(
+        "dynamic",
+        "int8: the range of activations is measured while it runs, or beforehand on the recipe's calibration data "
+        "(Q/DQ nodes, which other runtimes read, too).",
+    )
+    calibration: Literal["minmax", "entropy", "percentile"] = option(
+        "minmax", "static: what the range covers: all values, those that keep most information, or a share of them."
+    )
+    percentile: float = option(99.99, "static, percentile: how many of the values.", unit="%", ge=90, le=100)
+    smooth: float = option(
+        0.0,
+        "0 is off. Up to 1: how much of the activations' outliers moves into the weights (SmoothQuant's alpha; 0.5 is "
+        "usual). Needs calibration data.",
+        ge=0,
+        le=1,
+    )
+    per_channel: bool = option(True, "int8: a scale for every output channel of a weight instead of one for it all.")
+    activations: Literal["uint8", "int8"] = option(
+        "uint8", "static: type of the activations: with a zero point, or symmetric (for TensorRT)."
+    )
+    reduce_range: bool = option(
+        False, "int8: weights of 7 bits, for CPUs before AVX512-VNNI, whose 16-bit sums saturate otherwise."
+    )
+    embeddings: bool = option(True, "int8: embedding tables, too, with a scale for every row.")
+    exclude: tuple[str, ...] = option(
+        tuple, "int8: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*layer.0.output*]"
+    )
+    samples: int = option(128, "How many calibration samples are taken.", ge=1)
+    length: int = option(128, "Where a calibration sample is cut.", unit="tokens", ge=2)
+
+
+def run(inputs: Inputs, options: Int8Options, out: Path, progress: Progress) -> None:
+    """inputs: export, model, optional calibration. Writes an engine folder; see onnx_int8_engine."""
+    from pipeline.stages import onnx_int8_engine, onnx_weights
+
+    if options.precision == "int8":
+        onnx_int8_engine.build(inputs, options, out, progress)
+    else:
+        onnx_weights.run(inputs, onnx_weights.WeightOptions(precision=options.precision), out, progress)
+
+
+STAGE = Stage("onnxruntime.encoder", run, version=1, tools=("numpy", "onnx", "onnxruntime", "tokenizers"))

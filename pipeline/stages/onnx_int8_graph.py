@@ -1,0 +1,240 @@
+"""Rewrite the matrix products and embedding tables of a graph to int8, weight by weight.
+
+Dynamic: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul, which ONNX Runtime fuses into one kernel. Static:
+QuantizeLinear -> DequantizeLinear before the product, DequantizeLinear behind its weight, which it fuses as well.
+
+Legend: K input channels, N output channels, V rows of a table, D its width.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import RecipeError
+from pipeline.stages.onnx_int8 import Int8Options
+from pipeline.stages.onnx_int8_observe import Observed
+from pipeline.stages.onnx_patterns import Linear, linears, tables
+from pipeline.stages.onnx_rewrite import ExportedGraph
+from pipeline.stages.onnx_sink import Sink
+from pipeline.stages.onnx_stream import stream
+
+F32 = npt.NDArray[np.float32]
+
+_FLOAT, _INT8 = 1, 3
+_SMALLEST = 1024
+"""Products with fewer weights than this are left alone: there is nothing to gain."""
+_SMALLEST_RANGE = 1e-9
+
+
+class Int8Graph:
+    """One component of an export on its way to int8."""
+
+    def __init__(self, path: Path, model: Path, options: Int8Options) -> None:
+        self.options = options
+        self.graph = ExportedGraph(path, model)
+        self.widened = self.graph.drop_casts()
+        self.linears = self._chosen()
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
+        self.nodes: dict[str, list[Any]] = {}
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """Name of every tensor that feeds a product -> its channels K."""
+        return {linear.node.input[0]: linear.k for linear in self.linears}
+
+    def _chosen(self) -> list[Linear]:
+        found = linears(self.graph)
+        unmatched = set(self.options.exclude)
+        chosen = []
+        for linear in found:
+            names = (linear.node.name, linear.weight)
+            matches = {pattern for pattern in self.options.exclude if any(fnmatch(name, pattern) for name in names)}
+            unmatched -= matches
+            if not matches and linear.n * linear.k >= _SMALLEST:
+                chosen.append(linear)
+        if unmatched and self.options.exclude:
+            some = ", ".join(f"'{linear.weight}'" for linear in found[:3])
+            raise RecipeError(
+                f"exclude: '{sorted(unmatched)[0]}' matches no matrix product of {self.graph.path.name}",
+                hint=f"names are like {some}",
+            )
+        return chosen
+
+    def write(self, path: Path, observed: dict[str, Observed]) -> dict[str, Any]:
+        """Write the graph and its weights. Returns facts for engine.json: what became int8."""
+        import onnx
+
+        graph, proto = self.graph, self.graph.proto
+        replaced = {linear.node.output[0]: linear for linear in self.linears}
+        looked_up = {node.output[0]: node for node in tables(graph)} if self.options.embeddings else {}
+        weights = self._quantize_weights(observed)
+        written: set[str] = set()
+        nodes: list[Any] = []
+        for node in proto.graph.node:
+            if linear := replaced.get(node.output[0]):
+                activation = node.input[0]
+                if activation not in written:
+                    written.add(activation)
+                    nodes += self._quantized_activation(activation, observed.get(activation))
+                nodes += self._product(linear, *weights[node.output[0]])
+            elif node.output[0] in looked_up:
+                nodes += self._lookup(node)
+            else:
+                nodes.append(node)
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+        graph.prune()
+        self._save(path)
+        kept = [linear for linear in linears(graph) if linear.n * linear.k >= _SMALLEST]
+        return {"products": len(self.linears), "products_fp32": len(kept), "tables": len(looked_up)}
+
+    def _save(self, path: Path) -> None:
+        import onnx
+
+        graph, proto = self.graph, self.graph.proto
+        sink, copied = Sink(path), []
+        for name, tensor in graph.initializers.items():
+            if name in graph.consumers or name in graph.outputs:
+                copied.append((graph.source(name), _FLOAT if name in self.widened else tensor.data_type))
+                sink.declare(name, copied[-1][0].shape, copied[-1][1])
+        for name, array in self.arrays.items():
+            sink.declare(name, array.shape, onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+        with sink:
+            for source, kind in copied:
+                stream(sink, source, kind)
+            for name, array in self.arrays.items():
+                sink.write(name, array)
+        del proto.graph.initializer[:], proto.graph.value_info[:]
+        proto.graph.initializer.extend(sink.protos())
+        onnx.save_model(proto, path)
+
+    # weights
+
+    def _quantize_weights(self, observed: dict[str, Observed]) -> dict[str, tuple[str, str]]:
+        """Output of a product -> names of its int8 weight [K, N] and its scales, [N] or of one number."""
+        smooth = self._smoothing(observed)
+        done: dict[tuple[str, bool, str], tuple[str, str]] = {}
+        names = {}
+        for linear in self.linears:
+            activation = linear.node.input[0]
+            key = (linear.weight, linear.transposed, activation if smooth else "")
+            if key not in done:
+                weight_KN = self._weight(linear)
+                if smooth:
+                    weight_KN = weight_KN * smooth[activation][:, None]
+                base = f"{linear.weight.removesuffix('.weight')}.int8" + (f".{len(done)}" if smooth else "")
+                top = 63 if self.options.reduce_range else 127
+                scale = np.abs(weight_KN).max(axis=0 if self.options.per_channel else None, initial=0) / np.float32(top)
+                scale = np.maximum(scale, _SMALLEST_RANGE).astype(np.float32)
+                self.arrays[base] = np.rint(weight_KN / scale).astype(np.int8)
+                self.arrays[f"{base}.scale"] = scale
+                done[key] = base, f"{base}.scale"
+            names[linear.node.output[0]] = done[key]
+        return names
+
+    def _weight(self, linear: Linear) -> F32:
+        weight: F32 = self.graph.source(linear.weight).numpy()
+        return np.ascontiguousarray(weight.T) if linear.transposed else weight
+
+    def _smoothing(self, observed: dict[str, Observed]) -> dict[str, F32]:
+        """Activation -> [K]: what its channels are divided by, and the rows of its weights multiplied with.
+
+        Adds the inverse as an initializer, which `_quantized_activation` multiplies with.
+        """
+        alpha = self.options.smooth
+        if not alpha:
+            return {}
+        largest: dict[str, F32] = {}
+        for linear in self.linears:
+            rows_K = np.abs(self._weight(linear)).max(axis=1)
+            name = linear.node.input[0]
+            largest[name] = np.maximum(largest[name], rows_K) if name in largest else rows_K
+        factors = {}
+        for name, rows_K in largest.items():
+            channels_K = np.maximum(observed[name].channels_K, 1e-5)
+            factor = np.power(channels_K, alpha) / np.power(np.maximum(rows_K, 1e-5), 1 - alpha)
+            factors[name] = np.maximum(factor, 1e-5).astype(np.float32)
+            self.arrays[f"{name}.smooth"] = (1 / factors[name]).astype(np.float32)
+        return factors
+
+    # nodes
+
+    def _quantized_activation(self, name: str, observed: Observed | None) -> list[Any]:
+        from onnx.helper import make_node
+
+        nodes, source = [], name
+        if self.options.smooth:
+            source = f"{name}.smoothed"
+            nodes.append(make_node("Mul", [name, f"{name}.smooth"], [source], name=source))
+        if self.options.mode == "dynamic":
+            outputs = [f"{name}.int8", f"{name}.scale", f"{name}.zero"]
+            return [*nodes, make_node("DynamicQuantizeLinear", [source], outputs, name=f"{name}.quantize")]
+        assert observed is not None
+        scale, zero = _static_scale(observed, self.options)
+        self.arrays[f"{name}.scale"], self.arrays[f"{name}.zero"] = scale, zero
+        parameters = [f"{name}.scale", f"{name}.zero"]
+        quantize = make_node("QuantizeLinear", [source, *parameters], [f"{name}.int8"], name=f"{name}.quantize")
+        widen = make_node("DequantizeLinear", [f"{name}.int8", *parameters], [f"{name}.wide"], name=f"{name}.wide")
+        return [*nodes, quantize, widen]
+
+    def _product(self, linear: Linear, weight: str, scale: str) -> list[Any]:
+        from onnx.helper import make_node
+
+        activation, output = linear.node.input[0], linear.node.output[0]
+        base = linear.node.name or output
+        last = f"{output}.product" if linear.bias else output
+        if self.options.mode == "dynamic":
+            nodes = [
+                make_node(
+                    "MatMulInteger",
+                    [f"{activation}.int8", weight, f"{activation}.zero"],
+                    [f"{output}.int32"],
+                    name=f"{base}.int8",
+                ),
+                make_node("Cast", [f"{output}.int32"], [f"{output}.wide"], name=f"{base}.wide", to=_FLOAT),
+                make_node("Mul", [f"{activation}.scale", scale], [f"{output}.scale"], name=f"{base}.scales"),
+                make_node("Mul", [f"{output}.wide", f"{output}.scale"], [last], name=f"{base}.scale"),
+            ]
+        else:
+            axis = {"axis": 1} if self.options.per_channel else {}
+            wide = f"{output}.weight"
+            nodes = [
+                make_node("DequantizeLinear", [weight, scale], [wide], name=wide, **axis),
+                make_node("MatMul", [f"{activation}.wide", wide], [last], name=base),
+            ]
+        if linear.bias:
+            nodes.append(make_node("Add", [last, linear.bias], [output], name=f"{base}.bias"))
+        return nodes
+
+    def _lookup(self, node: Any) -> list[Any]:
+        """A table [V, D] of int8 with a scale for every row: two lookups and their product."""
+        from onnx.helper import make_node
+
+        table, ids, output = node.input[0], node.input[1], node.output[0]
+        base = f"{table.removesuffix('.weight')}.rows"
+        if base not in self.arrays:
+            rows_VD = self.graph.source(table).numpy()
+            scale_V1 = np.maximum(np.abs(rows_VD).max(axis=1, keepdims=True) / 127, _SMALLEST_RANGE)
+            self.arrays[base] = np.rint(rows_VD / scale_V1).astype(np.int8)
+            self.arrays[f"{base}.scale"] = scale_V1.astype(np.float32)
+        return [
+            make_node("Gather", [base, ids], [f"{output}.int8"], name=f"{node.name}.int8"),
+            make_node("Cast", [f"{output}.int8"], [f"{output}.wide"], name=f"{node.name}.wide", to=_FLOAT),
+            make_node("Gather", [f"{base}.scale", ids], [f"{output}.scale"], name=f"{node.name}.scale"),
+            make_node("Mul", [f"{output}.wide", f"{output}.scale"], [output], name=node.name),
+        ]
+
+
+def _static_scale(observed: Observed, options: Int8Options) -> tuple[F32, npt.NDArray[Any]]:
+    """Scale and zero point of a range; 0 is always exact, because padding and masks are made of it."""
+    low, high = min(observed.low, 0.0), max(observed.high, 0.0)
+    if options.activations == "int8":
+        scale = max(max(-low, high) / 127, _SMALLEST_RANGE)
+        return np.array(scale, np.float32), np.array(0, np.int8)
+    scale = max((high - low) / 255, _SMALLEST_RANGE)
+    return np.array(scale, np.float32), np.array(np.clip(np.rint(-low / scale), 0, 255), np.uint8)
