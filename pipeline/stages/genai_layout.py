@@ -69,9 +69,10 @@ def write_engine(
 
 
 def write_genai_config(
-    out: Path, export: Mapping[str, Any], model: Path, *, threads: int, file: str, positions: bool
+    out: Path, export: Mapping[str, Any], model: Path, *, threads: int, provider: str, file: str, positions: bool
 ) -> None:
-    """genai_config.json for a decoder whose graph is `file`; `positions` says whether it has the input position_ids.
+    """genai_config.json for a decoder whose graph is `file`; `positions` says whether it has the input position_ids,
+    `provider` is cpu or cuda.
 
     `threads` is for ONNX Runtime's intra-op pool; 0 is one thread a physical core, chosen where the model is loaded.
     Without the field GenAI takes half of the logical cores, which is one on a machine of two.
@@ -99,7 +100,7 @@ def write_genai_config(
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     "intra_op_num_threads": threads,
-                    "provider_options": [],
+                    "provider_options": [] if provider == "cpu" else [{provider: {}}],
                 },
                 "filename": file,
                 "head_size": decoder["head_dim"],

@@ -31,6 +31,7 @@ class Placer:
     def __init__(self, path: Path, model: Path, options: Options) -> None:
         self.options = options
         self.graph = ExportedGraph(path, model)
+        self.half = options.precision == "fp16" or (options.precision in BITS and options.activations == "fp16")
         self.jobs: list[tuple[int, Callable[[Sink], None]]] = []
         self.counts: dict[str, list[int]] = {}
         self.packed: dict[tuple[str, bool, int], list[str]] = {}
@@ -46,7 +47,7 @@ class Placer:
         linears = self._pack_attention(linears, plan)
         self._quantize(sink, linears, plan)
         graph.prune()
-        if self.options.precision == "fp16":
+        if self.half:
             halve(graph)
         else:
             self._narrow_tables()
@@ -103,7 +104,7 @@ class Placer:
                 continue
             source = graph.source(name)
             kind = FLOAT if name in self.widened else proto.data_type
-            if self.options.precision == "fp16" and kind == FLOAT:
+            if self.half and kind == FLOAT:
                 kind = FLOAT16
             size = sink.declare(name, source.shape, kind)
             self.jobs.append((source.length, partial(stream, source=source, kind=kind)))
@@ -191,12 +192,12 @@ class Placer:
         names = [f"{base}.packed", f"{base}.scales"]
         if flat:
             packed = (n, packed[1] * packed[2])
-        size = sink.declare(names[0], packed, _UINT8) + sink.declare(names[1], scales, FLOAT)
+        size = sink.declare(names[0], packed, _UINT8) + sink.declare(names[1], scales, FLOAT16 if self.half else FLOAT)
         if not symmetric:
             names.append(f"{base}.zeros")
             size += sink.declare(names[2], zeros, _UINT8)
         algorithm: Algorithm = "rtn" if self.options.algorithm == "rtn" else "k_quant"
-        settings = (bits, group, symmetric, algorithm)
+        settings = (bits, group, symmetric, algorithm, self.half)
         source = self.graph.source(weight)
         job = quantize_rows if transposed else quantize_columns
         self.jobs.append((source.length, partial(job, names=names, source=source, settings=settings)))

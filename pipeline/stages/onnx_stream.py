@@ -43,24 +43,25 @@ def _halved(source: Tensor, values: F32) -> npt.NDArray[np.float16]:
     return np.asarray(half(values), dtype=np.float16)
 
 
-Settings = tuple[int, int, bool, Algorithm]
-"""bits, group, symmetric, algorithm"""
+Settings = tuple[int, int, bool, Algorithm, bool]
+"""bits, group, symmetric, algorithm, whether scales are fp16"""
 
 
 def quantize_rows(sink: Sink, names: list[str], source: Tensor, settings: Settings) -> None:
     """A weight stored [N, K]: slice after slice of rows goes straight to its place."""
-    bits, group, symmetric, algorithm = settings
+    bits, group, symmetric, algorithm, halved = settings
     offsets = [0] * len(names)
     for _, weight_NK in source.slices(_SLICE_BYTES):
         parts = quantize(weight_NK, bits, group, symmetric=symmetric, algorithm=algorithm)
         for index, part in enumerate(part for part in parts if part is not None):
-            sink.write(names[index], part, offsets[index])
-            offsets[index] += part.nbytes
+            values = half(part) if halved and index == 1 else part
+            sink.write(names[index], values, offsets[index])
+            offsets[index] += values.nbytes
 
 
 def quantize_columns(sink: Sink, names: list[str], source: Tensor, settings: Settings) -> None:
     """A weight stored [K, N]: slices of K hold every row's next blocks, so the packed whole is put together first."""
-    bits, group, symmetric, algorithm = settings
+    bits, group, symmetric, algorithm, halved = settings
     k, n = source.shape
     whole = [
         np.zeros(shape, np.float32 if index == 1 else np.uint8) for index, shape in enumerate(shapes(n, k, bits, group))
@@ -76,5 +77,5 @@ def quantize_columns(sink: Sink, names: list[str], source: Tensor, settings: Set
                 if part is not None:
                     block = int(start // group * each)
                     target[first : first + rows, block : block + part.shape[1]] = part
-    for name, values in zip(names, whole, strict=False):
-        sink.write(name, values)
+    for index, (name, values) in enumerate(zip(names, whole, strict=False)):
+        sink.write(name, half(values) if halved and index == 1 else values)

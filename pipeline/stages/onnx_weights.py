@@ -19,7 +19,7 @@ GROUPS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightOptions:
+class Nbits:
     """How weights are stored.
 
     The defaults of int4 (groups of 32 with zero points, head and embeddings int8) are the best of what was measured:
@@ -37,7 +37,6 @@ class WeightOptions:
     int8, group 32 against 128: KLD 5.5e-5 against 1.0e-4, 62 against 80 tokens/s.
     """
 
-    precision: Literal["fp32", "fp16", "int8", "int4"] = option("fp32", "Type of the weights of matrix products.")
     group_size: int = option(32, "int8, int4: how many weights share a scale: 16, 32, 64, 128 or 256.", ge=16, le=256)
     symmetric: bool = option(
         False, "int8, int4: no zero points. False stores one with each scale, at no cost in speed."
@@ -59,6 +58,19 @@ class WeightOptions:
     exclude: tuple[str, ...] = option(
         tuple, "int8, int4: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*.down_proj]"
     )
+    activations: Literal["fp32", "fp16"] = option(
+        "fp32",
+        "int8, int4: type of what flows between products and of the caches. CUDA's GroupQueryAttention wants fp16, a "
+        "CPU is fastest with fp32. Precision fp16 implies fp16.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions(Nbits):
+    """The precision of an engine, and for int8 and int4 how it is reached."""
+
+    precision: Literal["fp32", "fp16", "int8", "int4"] = option("fp32", "Type of the weights of matrix products.")
+    provider: Literal["cpu", "cuda"] = option("cpu", "Execution provider that genai_config.json names.")
     threads: int = option(0, "Threads of ONNX Runtime GenAI; 0 is all physical cores of the machine it runs on.", ge=0)
 
 
@@ -82,7 +94,15 @@ def run(inputs: Inputs, options: WeightOptions, out: Path, progress: Progress) -
     copy_model_files(inputs["model"], out)
     if export["kind"] == "decoder":
         file, positions = export["components"]["model"], "position_ids" in names["model"]
-        write_genai_config(out, export, inputs["model"], threads=options.threads, file=file, positions=positions)
+        write_genai_config(
+            out,
+            export,
+            inputs["model"],
+            threads=options.threads,
+            provider=options.provider,
+            file=file,
+            positions=positions,
+        )
     quantization = None
     if options.precision in ("int8", "int4"):
         only = next(iter(facts.values())) if len(facts) == 1 else {"components": facts}
@@ -94,6 +114,7 @@ def run(inputs: Inputs, options: WeightOptions, out: Path, progress: Progress) -
             "embeddings": options.embeddings,
             "symmetric": options.symmetric,
             "accuracy_level": options.accuracy_level,
+            "activations": options.activations,
             **only,
         }
     settings = {"threads": options.threads}

@@ -132,11 +132,11 @@ TOKENS = {"bos_token_id": None, "eos_token_ids": [7, 8], "pad_token_id": None, "
 DECODER: dict[str, Any] = {**SIZES, **TOKENS, "context_length": 99, "cache": "gqa"}
 
 
-def written(tmp_path: Path, positions: bool = False, **decoder: Any) -> dict[str, Any]:
+def written(tmp_path: Path, positions: bool = False, provider: str = "cpu", **decoder: Any) -> dict[str, Any]:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "do_sample": True, "top_k": 20}))
     export = {"decoder": DECODER | decoder}
-    write_genai_config(tmp_path, export, tmp_path, threads=0, file="model.onnx", positions=positions)
+    write_genai_config(tmp_path, export, tmp_path, threads=0, provider=provider, file="model.onnx", positions=positions)
     return config_of(tmp_path)
 
 
@@ -151,6 +151,9 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     )
     assert (search["temperature"], search["do_sample"], search["top_k"], search["max_length"]) == (0.6, True, 20, 99)
     assert search["past_present_share_buffer"] and "position_ids" not in model["decoder"]["inputs"]
+    assert model["decoder"]["session_options"]["provider_options"] == []
+    cuda = written(tmp_path, provider="cuda")["model"]["decoder"]["session_options"]
+    assert cuda["provider_options"] == [{"cuda": {}}]
     concat = written(tmp_path, positions=True, cache="concat", eos_token_ids=[2], pad_token_id=1)
     assert not concat["search"]["past_present_share_buffer"]
     assert concat["model"]["decoder"]["inputs"]["position_ids"] == "position_ids"

@@ -138,6 +138,8 @@ def kld(wanted: Any, found: Any) -> float:
         ({"precision": "int8", "group_size": 64, "symmetric": True}, 6e-3),
         ({"precision": "int4"}, 0.3),
         ({"precision": "int4", **PLAIN}, 0.6),
+        ({"precision": "int8", "activations": "fp16"}, 6e-3),
+        ({"precision": "int4", "activations": "fp16", "accuracy_level": 0}, 0.3),
         ({"precision": "int4", "algorithm": "k_quant_mixed", "embeddings": "same", "head": "fp32"}, 0.6),
         ({"precision": "int4", "symmetric": True, "embeddings": "int4", "head": "same"}, 0.6),
     ],
