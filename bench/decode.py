@@ -157,7 +157,7 @@ class Child:
 def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median and range of what the rounds measured."""
     figures: dict[str, Any] = {"rounds": len(rounds)}
-    for name in ("tokens_per_s", "first_token_s"):
+    for name in ("tokens_per_s", "first_token_s", "cpu_s_per_token"):
         values = [each[name] for each in rounds]
         figures[name] = statistics.median(values)
         figures[f"{name}_range"] = [min(values), max(values)]
@@ -173,7 +173,7 @@ def size_bytes(folder: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="pydoc-llama,qwen2.5-0.5b-shape", help="with commas between")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=2)
@@ -198,7 +198,7 @@ def main() -> int:
             rows.append(row)
             print(
                 f"{model:20} {row['name']:40} {row['tokens_per_s']:8.1f} tokens/s {row['first_token_s'] * 1e3:8.1f} ms "
-                f"{row['peak_bytes'] / 1e6:7.0f} MB",
+                f"{row['cpu_s_per_token'] * 1e3:8.2f} CPU ms/token {row['peak_bytes'] / 1e6:6.0f} MB",
                 flush=True,
             )
         document["models"][model] = {

@@ -2,8 +2,9 @@
 
     python decode_child.py KIND FOLDER --prompt 128 --new 64 --threads 2
 
-KIND is torch, genai or engine. For every `go` one JSON line: {"tokens_per_s", "first_token_s"}; at the end of the input
-{"peak_bytes", "loaded_bytes"}. The prompt's ids are drawn by a seed, so every engine gets the same.
+KIND is torch, genai or engine. For every `go` one JSON line: {"tokens_per_s", "first_token_s", "cpu_s_per_token"}; at
+the end of the input {"peak_bytes"}. A round of a fast model is repeated until half a second has passed. The prompt's
+ids are drawn by a seed, so every engine gets the same.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-Generate = Callable[[], tuple[float, float]]
-"""Runs once; (seconds to the first token, seconds of all later ones)."""
+Generate = Callable[[], tuple[float, float, float]]
+"""Runs once; seconds to the first token, and of all later ones seconds and CPU seconds."""
+ROUND_S = 0.5
 
 
 def prompt_ids(folder: Path, count: int) -> list[int]:
@@ -36,16 +38,16 @@ def torch_eager(folder: Path, ids: list[int], new: int, threads: int) -> Generat
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def generate() -> tuple[float, float]:
+    def generate() -> tuple[float, float, float]:
         with torch.inference_mode():
             started = time.perf_counter()
             answer = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
             token = answer.logits[:, -1].argmax(-1, keepdim=True)
-            first = time.perf_counter()
+            first, cpu = time.perf_counter(), time.process_time()
             for _ in range(new - 1):
                 answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
                 token = answer.logits[:, -1].argmax(-1, keepdim=True)
-            return first - started, time.perf_counter() - first
+            return first - started, time.perf_counter() - first, time.process_time() - cpu
 
     return generate
 
@@ -59,7 +61,7 @@ def genai(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
         raise SystemExit(f"{folder}: genai_config.json asks for another number of threads")
     model = og.Model(str(folder))
 
-    def generate() -> tuple[float, float]:
+    def generate() -> tuple[float, float, float]:
         parameters = og.GeneratorParams(model)
         total = len(ids) + new
         parameters.set_search_options(do_sample=False, max_length=total, min_length=total)
@@ -67,10 +69,10 @@ def genai(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
         generator = og.Generator(model, parameters)
         generator.append_tokens(ids)
         generator.generate_next_token()
-        first = time.perf_counter()
+        first, cpu = time.perf_counter(), time.process_time()
         for _ in range(new - 1):
             generator.generate_next_token()
-        return first - started, time.perf_counter() - first
+        return first - started, time.perf_counter() - first, time.process_time() - cpu
 
     return generate
 
@@ -83,20 +85,34 @@ def engine(folder: Path, ids: list[int], new: int, threads: int) -> Generate:
     opened = open_engine(folder, {"threads": threads})
     sampling = Sampling(max_new_tokens=new, eos_token_ids=())
 
-    def generate() -> tuple[float, float]:
+    def generate() -> tuple[float, float, float]:
         started = time.perf_counter()
         tokens = opened.generate([ids], sampling)
         next(tokens)
-        first = time.perf_counter()
+        first, cpu = time.perf_counter(), time.process_time()
         count = 1 + sum(1 for _ in tokens)
         if count != new:
             raise SystemExit(f"{folder}: {count} tokens instead of {new}")
-        return first - started, time.perf_counter() - first
+        return first - started, time.perf_counter() - first, time.process_time() - cpu
 
     return generate
 
 
 KINDS = {"torch": torch_eager, "genai": genai, "engine": engine}
+
+
+def one_round(generate: Generate, new: int) -> dict[str, float]:
+    """Means over as many repetitions as the round has time for."""
+    first_s, rest_s, cpu_s, count = 0.0, 0.0, 0.0, 0
+    while not count or first_s + rest_s < ROUND_S:
+        first, rest, cpu = generate()
+        first_s, rest_s, cpu_s, count = first_s + first, rest_s + rest, cpu_s + cpu, count + 1
+    tokens = count * (new - 1)
+    return {
+        "tokens_per_s": tokens / rest_s,
+        "first_token_s": first_s / count,
+        "cpu_s_per_token": cpu_s / tokens,
+    }
 
 
 def main() -> int:
@@ -113,8 +129,7 @@ def main() -> int:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         if line.strip() == "go":
-            first_s, rest_s = generate()
-            print(json.dumps({"tokens_per_s": (arguments.new - 1) / rest_s, "first_token_s": first_s}), flush=True)
+            print(json.dumps(one_round(generate, arguments.new)), flush=True)
     print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
     return 0
 

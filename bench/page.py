@@ -222,6 +222,7 @@ def decode_section(decode: Figures) -> str:
             [
                 row["name"],
                 ranged(row, "tokens_per_s"),
+                ranged(row, "cpu_s_per_token", 2, 1e3),
                 ranged(row, "first_token_s", 0, 1e3),
                 megabytes(row["peak_bytes"]),
                 megabytes(row["size_bytes"]),
@@ -236,7 +237,7 @@ def decode_section(decode: Figures) -> str:
             f"rounds (smallest-largest); in a round the engines run one after the other. Load average "
             f"{min(figures['load'])} to {max(figures['load'])}, {figures['date']}.",
             "",
-            table(("engine", "tokens/s", "first token ms", "peak MB", "weights MB"), rows),
+            table(("engine", "tokens/s", "CPU ms a token", "first token ms", "peak MB", "weights MB"), rows),
             "",
         ]
     return "\n".join(parts)

@@ -69,6 +69,8 @@ def decoded() -> dict[str, Any]:
             "rounds": 5,
             "tokens_per_s": speed,
             "tokens_per_s_range": [0.9 * speed, 1.1 * speed],
+            "cpu_s_per_token": 1.5 / speed,
+            "cpu_s_per_token_range": [1.4 / speed, 1.6 / speed],
             "first_token_s": 0.05,
             "first_token_s_range": [0.04, 0.06],
             "peak_bytes": 8e7,
@@ -101,7 +103,7 @@ def test_page_shows_figures_failures_and_a_busy_machine() -> None:
     assert "Other work ran on it" in text
     assert "neither torch nor transformers nor onnx nor onnxruntime" in text
     assert "export ran once" in text
-    assert "100.0 (90.0-110.0)" in text
+    assert "| 100.0 (90.0-110.0) | 15.00 (14.00-16.00) | 50 (40-60) | 80 | 3.0 |" in text
     assert "10 times torch" in text
     assert "olive run --config x.json" in text
     assert "| int8 | 7.0 | 0.0001 | 0.99 | 1 of 1 |" in text
