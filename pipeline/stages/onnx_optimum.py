@@ -60,11 +60,11 @@ def run(inputs: Inputs, options: OptimumOptions, out: Path, progress: Progress) 
             f"exporter: optimum does not build '{task}'", hint="leave `exporter` out, or say `torch`"
         )
     wanted = f"{task}-with-past" if kind == "decoder" else task
-    _check_support(read_config(folder).get("model_type"), wanted)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         progress(0, 3, "load")
         older = _older_folder(folder, Path(scratch) / "model")
         model = load_model(older, task, trust_remote_code=options.trust_remote_code)
+        _check_support(model.config.model_type, wanted)
         progress(1, 3, "export")
         graph = _export(model, wanted, options.opset, Path(scratch) / "export")
         progress(2, 3, "write")
@@ -208,5 +208,6 @@ def _cache_shape(graph: Any, model_type: str) -> tuple[int, int, int]:
     return len(cache) // 2, kv_heads, head_dim
 
 
-TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnx-ir")
+TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "accelerate", "onnx", "onnx-ir")
+"""accelerate finds tied weights, which are written once."""
 STAGE = Stage("onnx.optimum", run, version=1, tools=TOOLS, toolchain="optimum")
