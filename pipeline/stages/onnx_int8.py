@@ -17,13 +17,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Options:
+class Int8:
     """How an encoder is quantized. fp32 and fp16 are onnxruntime.weights' own.
 
-    {measured}
+    Measured: all-MiniLM-L6-v2, 96 held-out sentences in batches of 8, one thread with AVX512-VNNI; cosine to fp32:
+
+    | int8 | sentences/s | cosine mean | cosine min |
+    |---|---|---|---|
+    | (fp32) | 116 | | |
+    | **dynamic** | **324** | **0.9928** | **0.985** |
+    | dynamic, a scale a tensor | 321 | 0.9636 | 0.919 |
+    | static, minmax | 318 | 0.9925 | 0.983 |
+    | static, percentile 99.99 | 318 | 0.9921 | 0.980 |
+    | static, entropy | 315 | 0.8693 | 0.778 |
+    | (onnxruntime.weights: MatMulNBits, group 32) | 142 | 0.9997 | 0.9991 |
     """
 
-    precision: Literal["fp32", "fp16", "int8"] = option("int8", "Type of weights and activations of matrix products.")
     mode: Literal["dynamic", "static"] = option(
         "dynamic",
         "int8: the range of activations is measured while it runs, or beforehand on the recipe's calibration data "
@@ -33,13 +42,6 @@ class Int8Options:
         "minmax", "static: what the range covers: all values, those that keep most information, or a share of them."
     )
     percentile: float = option(99.99, "static, percentile: how many of the values.", unit="%", ge=90, le=100)
-    smooth: float = option(
-        0.0,
-        "0 is off. Up to 1: how much of the activations' outliers moves into the weights (SmoothQuant's alpha; 0.5 is "
-        "usual). Needs calibration data.",
-        ge=0,
-        le=1,
-    )
     per_channel: bool = option(True, "int8: a scale for every output channel of a weight instead of one for it all.")
     activations: Literal["uint8", "int8"] = option(
         "uint8", "static: type of the activations: with a zero point, or symmetric (for TensorRT)."
@@ -51,6 +53,13 @@ class Int8Options:
     exclude: tuple[str, ...] = option(
         tuple, "int8: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*layer.0.output*]"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Options(Int8):
+    """The precision of an engine, and for int8 how it is reached."""
+
+    precision: Literal["fp32", "fp16", "int8"] = option("int8", "Type of weights and activations of matrix products.")
     samples: int = option(128, "How many calibration samples are taken.", ge=1)
     length: int = option(128, "Where a calibration sample is cut.", unit="tokens", ge=2)
 

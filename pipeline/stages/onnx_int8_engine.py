@@ -24,16 +24,15 @@ def build(inputs: Inputs, options: Int8Options, out: Path, progress: Progress) -
         raise RecipeError(
             "onnxruntime.encoder does not build decoders", hint="stage onnxruntime.weights quantizes them"
         )
-    calibrated = options.mode == "static" or options.smooth > 0
-    if calibrated:
-        _check_calibration(inputs, options, export)
+    if options.mode == "static":
+        _check_calibration(inputs, export)
     facts: dict[str, Any] = {}
     for component, file in export["components"].items():
         progress(len(facts), len(export["components"]), component)
         graph = Int8Graph(inputs["export"] / file, inputs["model"], options)
         observed: dict[str, Observed] = {}
-        if calibrated:
-            observed = observe(inputs["export"] / file, graph.activations, inputs, options, progress)
+        if options.mode == "static":
+            observed = observe(inputs["export"] / file, list(graph.activations), inputs, options, progress)
         facts[component] = graph.write(out / file, observed)
     copy_model_files(inputs["model"], out)
     quantization = {
@@ -45,19 +44,16 @@ def build(inputs: Inputs, options: Int8Options, out: Path, progress: Progress) -
     }
     if options.mode == "static":
         quantization |= {"calibration": options.calibration, "activations": options.activations}
-    if options.smooth:
-        quantization["smooth"] = options.smooth
     write_engine(out, export, precision="int8", quantization=quantization, settings={})
 
 
-def _check_calibration(inputs: Inputs, options: Int8Options, export: dict[str, Any]) -> None:
-    what = f"mode: {options.mode}" if options.mode == "static" else "smooth"
+def _check_calibration(inputs: Inputs, export: dict[str, Any]) -> None:
     if export["kind"] != "encoder":
-        raise RecipeError(f"{what}: calibration of encoder-decoders is not supported", hint="use mode: dynamic")
+        raise RecipeError("mode: static does not build encoder-decoders", hint="use mode: dynamic")
     if export["interface"]["inputs"][0]["name"] != "input_ids":
         raise RecipeError(
-            f"{what}: calibration data are text, and the model takes {export['interface']['inputs'][0]['name']}",
+            f"mode: static: calibration data are text, and the model takes {export['interface']['inputs'][0]['name']}",
             hint="use mode: dynamic, which needs none",
         )
     if "calibration" not in inputs:
-        raise RecipeError(f"{what}: the recipe has no calibration data", hint="add `calibration:` with a path")
+        raise RecipeError("mode: static: the recipe has no calibration data", hint="add `calibration:` with a path")

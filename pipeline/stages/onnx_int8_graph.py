@@ -25,7 +25,7 @@ from pipeline.stages.onnx_stream import stream
 
 F32 = npt.NDArray[np.float32]
 
-_FLOAT, _INT8 = 1, 3
+_FLOAT = 1
 _SMALLEST = 1024
 """Products with fewer weights than this are left alone: there is nothing to gain."""
 _SMALLEST_RANGE = 1e-9
@@ -40,12 +40,11 @@ class Int8Graph:
         self.widened = self.graph.drop_casts()
         self.linears = self._chosen()
         self.arrays: dict[str, npt.NDArray[Any]] = {}
-        self.nodes: dict[str, list[Any]] = {}
 
     @property
-    def activations(self) -> dict[str, int]:
-        """Name of every tensor that feeds a product -> its channels K."""
-        return {linear.node.input[0]: linear.k for linear in self.linears}
+    def activations(self) -> tuple[str, ...]:
+        """Every tensor that feeds a product."""
+        return tuple(dict.fromkeys(linear.node.input[0] for linear in self.linears))
 
     def _chosen(self) -> list[Linear]:
         found = linears(self.graph)
@@ -67,12 +66,9 @@ class Int8Graph:
 
     def write(self, path: Path, observed: dict[str, Observed]) -> dict[str, Any]:
         """Write the graph and its weights. Returns facts for engine.json: what became int8."""
-        import onnx
-
         graph, proto = self.graph, self.graph.proto
         replaced = {linear.node.output[0]: linear for linear in self.linears}
         looked_up = {node.output[0]: node for node in tables(graph)} if self.options.embeddings else {}
-        weights = self._quantize_weights(observed)
         written: set[str] = set()
         nodes: list[Any] = []
         for node in proto.graph.node:
@@ -81,7 +77,7 @@ class Int8Graph:
                 if activation not in written:
                     written.add(activation)
                     nodes += self._quantized_activation(activation, observed.get(activation))
-                nodes += self._product(linear, *weights[node.output[0]])
+                nodes += self._product(linear, *self._quantized_weight(linear))
             elif node.output[0] in looked_up:
                 nodes += self._lookup(node)
             else:
@@ -115,72 +111,34 @@ class Int8Graph:
 
     # weights
 
-    def _quantize_weights(self, observed: dict[str, Observed]) -> dict[str, tuple[str, str]]:
-        """Output of a product -> names of its int8 weight [K, N] and its scales, [N] or of one number."""
-        smooth = self._smoothing(observed)
-        done: dict[tuple[str, bool, str], tuple[str, str]] = {}
-        names = {}
-        for linear in self.linears:
-            activation = linear.node.input[0]
-            key = (linear.weight, linear.transposed, activation if smooth else "")
-            if key not in done:
-                weight_KN = self._weight(linear)
-                if smooth:
-                    weight_KN = weight_KN * smooth[activation][:, None]
-                base = f"{linear.weight.removesuffix('.weight')}.int8" + (f".{len(done)}" if smooth else "")
-                top = 63 if self.options.reduce_range else 127
-                scale = np.abs(weight_KN).max(axis=0 if self.options.per_channel else None, initial=0) / np.float32(top)
-                scale = np.maximum(scale, _SMALLEST_RANGE).astype(np.float32)
-                self.arrays[base] = np.rint(weight_KN / scale).astype(np.int8)
-                self.arrays[f"{base}.scale"] = scale
-                done[key] = base, f"{base}.scale"
-            names[linear.node.output[0]] = done[key]
-        return names
-
-    def _weight(self, linear: Linear) -> F32:
-        weight: F32 = self.graph.source(linear.weight).numpy()
-        return np.ascontiguousarray(weight.T) if linear.transposed else weight
-
-    def _smoothing(self, observed: dict[str, Observed]) -> dict[str, F32]:
-        """Activation -> [K]: what its channels are divided by, and the rows of its weights multiplied with.
-
-        Adds the inverse as an initializer, which `_quantized_activation` multiplies with.
-        """
-        alpha = self.options.smooth
-        if not alpha:
-            return {}
-        largest: dict[str, F32] = {}
-        for linear in self.linears:
-            rows_K = np.abs(self._weight(linear)).max(axis=1)
-            name = linear.node.input[0]
-            largest[name] = np.maximum(largest[name], rows_K) if name in largest else rows_K
-        factors = {}
-        for name, rows_K in largest.items():
-            channels_K = np.maximum(observed[name].channels_K, 1e-5)
-            factor = np.power(channels_K, alpha) / np.power(np.maximum(rows_K, 1e-5), 1 - alpha)
-            factors[name] = np.maximum(factor, 1e-5).astype(np.float32)
-            self.arrays[f"{name}.smooth"] = (1 / factors[name]).astype(np.float32)
-        return factors
+    def _quantized_weight(self, linear: Linear) -> tuple[str, str]:
+        """Names of the int8 weight [K, N] and its scales, [N] or one number."""
+        base = f"{linear.weight.removesuffix('.weight')}.int8" + (".transposed" if linear.transposed else "")
+        if base not in self.arrays:
+            weight_KN: F32 = self.graph.source(linear.weight).numpy()
+            if linear.transposed:
+                weight_KN = np.ascontiguousarray(weight_KN.T)
+            largest = np.abs(weight_KN).max(axis=0 if self.options.per_channel else None, initial=0)
+            scale = np.maximum(largest / (63 if self.options.reduce_range else 127), _SMALLEST_RANGE)
+            self.arrays[base] = np.rint(weight_KN / scale.astype(np.float32)).astype(np.int8)
+            self.arrays[f"{base}.scale"] = scale.astype(np.float32)
+        return base, f"{base}.scale"
 
     # nodes
 
     def _quantized_activation(self, name: str, observed: Observed | None) -> list[Any]:
         from onnx.helper import make_node
 
-        nodes, source = [], name
-        if self.options.smooth:
-            source = f"{name}.smoothed"
-            nodes.append(make_node("Mul", [name, f"{name}.smooth"], [source], name=source))
         if self.options.mode == "dynamic":
             outputs = [f"{name}.int8", f"{name}.scale", f"{name}.zero"]
-            return [*nodes, make_node("DynamicQuantizeLinear", [source], outputs, name=f"{name}.quantize")]
+            return [make_node("DynamicQuantizeLinear", [name], outputs, name=f"{name}.quantize")]
         assert observed is not None
         scale, zero = _static_scale(observed, self.options)
         self.arrays[f"{name}.scale"], self.arrays[f"{name}.zero"] = scale, zero
         parameters = [f"{name}.scale", f"{name}.zero"]
-        quantize = make_node("QuantizeLinear", [source, *parameters], [f"{name}.int8"], name=f"{name}.quantize")
+        quantize = make_node("QuantizeLinear", [name, *parameters], [f"{name}.int8"], name=f"{name}.quantize")
         widen = make_node("DequantizeLinear", [f"{name}.int8", *parameters], [f"{name}.wide"], name=f"{name}.wide")
-        return [*nodes, quantize, widen]
+        return [quantize, widen]
 
     def _product(self, linear: Linear, weight: str, scale: str) -> list[Any]:
         from onnx.helper import make_node

@@ -1,11 +1,8 @@
-"""Run an unquantized graph on calibration data and observe the range of its activations.
-
-Legend: K channels.
-"""
+"""Run an unquantized graph on calibration data and observe the range of its activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,6 @@ from pipeline.stages.checkpoint import read_json
 from pipeline.stages.onnx_int8 import Int8Options
 from pipeline.step import Inputs, Progress
 
-F32 = npt.NDArray[np.float32]
-
 _BINS = 2048
 _LEVELS = 128  # of a quantized magnitude: what the search for the entropy's threshold compares against
 
@@ -30,16 +25,13 @@ class Observed:
 
     low: float
     high: float
-    channels_K: F32  # noqa: N815
-    """Largest magnitude of every channel."""
 
 
 def observe(
-    path: Path, activations: Mapping[str, int], inputs: Inputs, options: Int8Options, progress: Progress
+    path: Path, activations: Sequence[str], inputs: Inputs, options: Int8Options, progress: Progress
 ) -> dict[str, Observed]:
     """Name -> range of every tensor in `activations` over the calibration samples, one sample at a time.
 
-    A `smooth` option is applied before ranges are taken, as the quantized graph will apply it.
     RecipeError when the data are empty, too few or not UTF-8.
     """
     config = read_json(inputs["model"] / "config.json")
@@ -61,14 +53,12 @@ def observe(
     observed: dict[str, Observed] = {}
     for values in passes("ranges"):
         for name, array in values.items():
-            channels_K = np.abs(array).max(axis=tuple(range(array.ndim - 1)))
             low, high = float(array.min()), float(array.max())
             if known := observed.get(name):
                 known.low, known.high = min(known.low, low), max(known.high, high)
-                known.channels_K = np.maximum(known.channels_K, channels_K)
             else:
-                observed[name] = Observed(low, high, channels_K)
-    if options.mode == "static" and options.calibration != "minmax":
+                observed[name] = Observed(low, high)
+    if options.calibration != "minmax":
         _narrow(observed, passes("histograms"), options)
     return observed
 

@@ -64,6 +64,13 @@ class Nbits:
         "CPU is fastest with fp32. Precision fp16 implies fp16.",
     )
 
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUPS:
+            raise RecipeError(
+                f"group_size is {self.group_size}; MatMulNBits knows {', '.join(map(str, GROUPS))}",
+                hint="choose one of them",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(Nbits):
@@ -80,11 +87,6 @@ def run(inputs: Inputs, options: WeightOptions, out: Path, progress: Progress) -
     from pipeline.stages.genai_layout import copy_model_files, write_engine, write_genai_config
     from pipeline.stages.onnx_place import Placer
 
-    if options.group_size not in GROUPS:
-        raise RecipeError(
-            f"group_size is {options.group_size}; MatMulNBits knows {', '.join(map(str, GROUPS))}",
-            hint="choose one of them",
-        )
     export = read_json(inputs["export"] / "export.json")
     facts, names = {}, {}
     for component, file in export["components"].items():

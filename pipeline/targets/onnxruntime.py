@@ -6,19 +6,19 @@ A decoder's folder loads in ONNX Runtime, in ONNX Runtime GenAI and in Optimum's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.hardware import Hardware, Verdict
+from pipeline.hardware import Hardware, Verdict, probe
 from pipeline.recipe import TargetOptions, Task, option
-from pipeline.stages import measure, onnx_fused, onnx_optimum, onnx_torch, onnx_weights
+from pipeline.stages import measure, onnx_fused, onnx_int8, onnx_optimum, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
-from pipeline.targets.common import fetch_model, golden_step, parity_step, reference_steps
+from pipeline.targets.common import fetch_data, fetch_model, golden_step, parity_step, reference_steps
 from pipeline.targets.ort_settings import CPU, CUDA
 
 EXTRA = "onnxruntime"
@@ -27,18 +27,17 @@ PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize:
-    """How int8 and int4 weights of a decoder are made."""
-
-    group_size: int = option(32, "How many weights share a scale; a power of two.", ge=16, le=256)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options(TargetOptions):
     """What an ONNX Runtime target can be asked for."""
 
     precision: Literal["fp32", "fp16", "int8", "int4"] = option("fp32", "Type of the weights.")
-    quantize: Quantize = option(Quantize, "int8, int4: how it is quantized.")
+    scheme: Literal["auto", "weights", "activations"] = option(
+        "auto",
+        "int8: quantize the weights alone in small groups (nearest to fp32, fastest for decoding), or weights and "
+        "activations (fastest for encoders). `auto`: weights for decoders, activations for the rest. int4 is weights.",
+    )
+    quantize: onnx_weights.Nbits = option(onnx_weights.Nbits, "Scheme `weights`: how.")
+    int8: onnx_int8.Int8 = option(onnx_int8.Int8, "Scheme `activations`: how.")
     exporter: Literal["auto", "fused", "torch", "optimum"] = option(
         "auto",
         "Who writes the graph: our fused builder (decoders of the families that it knows: the fastest graph), torch's "
@@ -58,20 +57,53 @@ PARITY_CUDA = Stage("onnxruntime.parity", measure_engine, tools=("onnxruntime-gp
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
-    """fetch, reference, export, weights; then parity of the engine, and of the unquantized one."""
-    weights = onnx_weights.WeightOptions(
-        precision=options.precision, group_size=options.quantize.group_size, threads=options.threads
-    )
-    needs = {"export": "export", "model": "model"}
+    """fetch, reference, export, engine, parity; what is quantized is held against the reference before that, too.
+
+    An engine for CUDA is judged here only if this machine has such a device: elsewhere its parity is deferred.
+    """
+    common = (fetch_model(job), *reference_steps(job), _export(job, options))
+    engine = _engine(job, options)
+    gpu = options.provider == "cuda"
+    if gpu and not any(device.kind == "cuda" for device in probe().devices):
+        return (*common, *engine, golden_step(job))
+    stage = PARITY_CUDA if gpu else PARITY
     settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
-    return (
-        fetch_model(job),
-        *reference_steps(job),
-        _export(job, options),
-        Step("engine", onnx_weights.STAGE, weights, needs),
-        parity_step(PARITY, OPENER, settings),
-        golden_step(job),
-    )
+    unquantized: tuple[Step, ...] = ()
+    if options.precision in ("int8", "int4"):
+        plain = _weights("unquantized", options, precision="fp32")
+        unquantized = (plain, parity_step(stage, OPENER, settings, engine="unquantized"))
+    return (*common, *unquantized, *engine, parity_step(stage, OPENER, settings), golden_step(job))
+
+
+def _engine(job: Job, options: Options) -> tuple[Step, ...]:
+    """The step `engine`, and the one that fetches the calibration data if it needs them."""
+    scheme = options.scheme
+    if scheme == "auto":
+        scheme = "activations" if options.precision == "int8" and job.kind != "decoder" else "weights"
+    if scheme == "weights":
+        return (_weights("engine", options, precision=options.precision),)
+    if options.precision != "int8":
+        raise RecipeError(f"scheme: activations is for int8, not {options.precision}", hint="leave `scheme` out")
+    told = onnx_int8.Int8Options(**vars(options.int8))
+    needs = {"export": "export", "model": "model"}
+    if options.int8.mode == "dynamic":
+        return (Step("engine", onnx_int8.STAGE, told, needs),)
+    data = job.recipe.calibration
+    if data is None:
+        raise RecipeError(
+            "int8.mode: static measures the range of activations on calibration data, and the recipe names none",
+            hint="add a `calibration:` section with `path:`, or use `mode: dynamic`",
+        )
+    told = replace(told, samples=data.samples, length=data.length)
+    step = Step("engine", onnx_int8.STAGE, told, {**needs, "calibration": "calibration"})
+    return (*fetch_data(job, "calibration"), step)
+
+
+def _weights(name: str, options: Options, precision: Literal["fp32", "fp16", "int8", "int4"]) -> Step:
+    """An engine by its weights alone; what only quantized weights need stays out of the key of the others."""
+    chosen = vars(options.quantize) if precision in ("int8", "int4") else {}
+    told = onnx_weights.WeightOptions(precision=precision, provider=options.provider, threads=options.threads, **chosen)
+    return Step(name, onnx_weights.STAGE, told, {"export": "export", "model": "model"})
 
 
 def _export(job: Job, options: Options) -> Step:
