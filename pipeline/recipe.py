@@ -56,7 +56,7 @@ class Model:
     """Which checkpoint to build from."""
 
     source: str = option(
-        doc="A local folder (relative to the recipe), `hf://org/name[@revision]`, or `package://module/folder` for a model "
+        doc="A local folder (relative to the recipe), `hf://org/name[@revision]`, or `package://module/folder`: a model "
         "that an installed Python package carries.",
         example="hf://org/name@main",
     )
@@ -103,6 +103,9 @@ class TargetOptions:
         dict,
         "Gates by metric name, over the defaults of the precision. `null` switches a gate off (the manifest says so).",
         example="{kld_mean: 0.002}",
+    )
+    unquantized_gates: dict[str, float | None] = option(
+        dict, "Gates of the same engine before quantization, over the defaults of fp32.", example="{kld_mean: 1e-7}"
     )
 
 

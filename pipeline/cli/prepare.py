@@ -76,6 +76,7 @@ def prepare(
     for name, options in recipe.targets.items():
         hardware[name] = machines.load(options.hardware)
         gates.check(options.gates, job.kind)
+        gates.check(options.unquantized_gates, job.kind)
         steps[name] = (targets.load(options.runtime).steps(job, name, options, hardware[name]), hardware[name])
 
     def versions(distribution: str, chain: str) -> str:
