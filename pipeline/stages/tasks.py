@@ -50,8 +50,10 @@ TEXT2TEXT_TYPES = frozenset(
     | {"pegasus_x", "prophetnet", "switch_transformers", "t5", "umt5"}
 )
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "source.spm")
-TOKENIZER_FILES += ("sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "source.spm"),
+    *("sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "merges.txt"),
+)
 
 
 def kind_of(task: str) -> str:
@@ -68,12 +70,12 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"{model_dir.name}: no config.json", hint="model.source must be a folder in Hugging Face format"
+            "the model folder has no config.json", hint="model.source must be a folder in Hugging Face format"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{model_dir.name}/config.json: not JSON: {error}", hint="fetch the file again") from None
+        raise RecipeError(f"the model's config.json is not JSON: {error}", hint="fetch the file again") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"{model_dir.name}/config.json: not a JSON object", hint="fetch the file again")
+        raise RecipeError("the model's config.json is not a JSON object", hint="fetch the file again")
     return config
 
 
@@ -112,8 +114,8 @@ def check_tokenizer(model_dir: Path, task: str) -> None:
         return
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise RecipeError(
-            f"{model_dir.name}: no tokenizer (looked for {', '.join(TOKENIZER_FILES[:5])}, ...)",
-            hint="copy the tokenizer files of the base model into the folder",
+            f"the model folder has no tokenizer (looked for {', '.join(TOKENIZER_FILES[:5])}, ...)",
+            hint="copy the tokenizer files of the base model into it",
         )
     path = model_dir / "tokenizer.json"
     config = read_config(model_dir)
@@ -127,11 +129,11 @@ def check_tokenizer(model_dir: Path, task: str) -> None:
         largest = max([largest, *(token["id"] for token in tokenizer.get("added_tokens") or [])])
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
-            f"{model_dir.name}/tokenizer.json: not a tokenizer file: {error!r}", hint="fetch the file again"
+            f"the model's tokenizer.json is not a tokenizer file: {error!r}", hint="fetch the file again"
         ) from None
     if largest >= vocab_size:
         raise RecipeError(
-            f"{model_dir.name}: the tokenizer has token id {largest}, but vocab_size in config.json is {vocab_size}",
+            f"the model's tokenizer has the token id {largest}, but vocab_size in config.json is {vocab_size}",
             hint="the tokenizer belongs to another model, or the embeddings were not resized with it",
         )
 
@@ -177,13 +179,19 @@ def load_model(model_dir: Path, task: str, trust_remote_code: bool = False) -> A
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
         except (ValueError, KeyError, ImportError, RuntimeError, OSError) as error:
-            raise _cannot_load(model_dir, task, config, error) from error
+            raise _cannot_load(task, config, error) from error
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        raise RecipeError(
+            f"the model's weight '{key}' has shape {list(stored)}, but config.json asks for {list(wanted)}",
+            hint="config.json and the weights are not of the same model",
+        )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise RecipeError(
-            f"{model_dir.name}: the weights lack {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, "
+            f"the model's weights lack {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, "
             f"which {type(model).__name__} needs for task '{task}'",
             hint=f"choose another model.task, or a checkpoint trained for {task}",
         )
@@ -191,23 +199,23 @@ def load_model(model_dir: Path, task: str, trust_remote_code: bool = False) -> A
     for parameter, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise StageError(
-                f"{model_dir.name}: weight '{parameter}' has NaN or infinite values",
+                f"the model's weight '{parameter}' has NaN or infinite values",
                 hint="the checkpoint is damaged or training diverged; download it again or use an earlier one",
             )
     return model
 
 
-def _cannot_load(model_dir: Path, task: str, config: dict[str, Any], error: Exception) -> RecipeError:
+def _cannot_load(task: str, config: dict[str, Any], error: Exception) -> RecipeError:
     model_type = config.get("model_type")
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error) or ("auto_map" in config and isinstance(error, (ValueError, ImportError))):
         return RecipeError(
-            f"{model_dir.name}: model_type {model_type!r} runs Python code of the checkpoint's own",
+            f"model_type {model_type!r} runs Python code of the checkpoint's own",
             hint="read that code, then set model.trust_remote_code: true",
         )
     if isinstance(error, (ValueError, KeyError)):
         return RecipeError(
-            f"{model_dir.name}: transformers cannot load model_type {model_type!r} for task '{task}': {text}",
+            f"transformers cannot load model_type {model_type!r} for task '{task}': {text}",
             hint="check model.task and model_type in config.json; a newer transformers may know the type",
         )
-    return RecipeError(f"{model_dir.name}: transformers cannot load the checkpoint: {text}", hint="fetch it again")
+    return RecipeError(f"transformers cannot load the model: {text}", hint="is every file of it there?")
