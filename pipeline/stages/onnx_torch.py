@@ -106,9 +106,7 @@ def _language_interface(inputs: list[tuple[str, str]], vocab: int) -> dict[str, 
     }
 
 
-def _decoder_facts(
-    model: Any, folder: Path, layers: int, kv_heads: int, head_dim: int, vocab: int
-) -> dict[str, Any]:
+def _decoder_facts(model: Any, folder: Path, layers: int, kv_heads: int, head_dim: int, vocab: int) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None)
     if model.config.is_encoder_decoder:

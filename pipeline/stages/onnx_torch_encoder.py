@@ -59,7 +59,7 @@ def _module(model: Any, names: list[str], taken: tuple[str, ...], pooling: Pooli
     return Encoder()
 
 
-def _pool(tokens_BTH: Any, mask_BT: Any, pooling: Pooling) -> Any:  # noqa: N802
+def _pool(tokens_BTH: Any, mask_BT: Any, pooling: Pooling) -> Any:
     import torch
 
     if pooling.mode == "cls":

@@ -27,9 +27,7 @@ class Port:
     """As many as the example has axes, or empty when all are fixed."""
 
 
-def export_module(
-    module: Any, ports: Sequence[Port], outputs: Mapping[str, tuple[str | None, ...]], opset: int
-) -> Any:
+def export_module(module: Any, ports: Sequence[Port], outputs: Mapping[str, tuple[str | None, ...]], opset: int) -> Any:
     """An onnx_ir.Model of `module(*examples)`.
 
     `outputs` names what the module returns, in order, each with its axes' names where they may change. An axis name
@@ -200,6 +198,8 @@ def _name_axes(model: Any, ports: Sequence[Port], outputs: Mapping[str, tuple[st
         sizes: list[int | str] = []
         for axis, size in zip(axes, value.shape, strict=True):
             if axis is None and not isinstance(size, int):
-                raise StageError(f"{value.name}: an axis of {value.shape} is not fixed", hint="this is a bug: report it")
+                raise StageError(
+                    f"{value.name}: an axis of {value.shape} is not fixed", hint="this is a bug: report it"
+                )
             sizes.append(size if axis is None else axis)
         value.shape = onnx_ir.Shape(sizes)

@@ -1,4 +1,4 @@
-"""Encoder-decoders for text and speech as two flat modules: encoder with the cross-attention's keys and values, decoder.
+"""Encoder-decoders for text and speech as two flat modules: the encoder makes the cross-attention's keys and values.
 
 Both call the whole model, so no architecture's layers are named here: the encoder's graph runs the decoder on one token
 and keeps only what fills the cross-attention cache; everything else of that call is dead code that the exporter drops.
@@ -8,7 +8,6 @@ Legend: B batch, E encoder positions, S new tokens, P tokens in the cache, K hea
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +35,12 @@ class Seq2seqGraphs:
 
 
 def export_seq2seq(model: Any, opset: int) -> Seq2seqGraphs:
-    """encoder: input_ids, attention_mask [B, E] int64 or input_features [B, mels, frames] -> encoder_hidden_states
-    [B, E, H], cross_key_values.{i}.key|value [B, K, E, D]. decoder: input_ids [B, S], encoder_attention_mask [B, E] (text
-    only), past_key_values.{i}.* [B, K, P, D], cross_key_values.{i}.* -> logits [B, S, V], present.{i}.* [B, K, P + S, D].
+    """The graphs of an encoder-decoder.
+
+    encoder: input_ids, attention_mask [B, E] int64 or input_features [B, mels, frames] -> encoder_hidden_states
+    [B, E, H], cross_key_values.{i}.key|value [B, K, E, D]. decoder: input_ids [B, S], encoder_attention_mask [B, E]
+    (text only), past_key_values.{i}.* [B, K, P, D], cross_key_values.{i}.* -> logits [B, S, V], present.{i}.*
+    [B, K, P + S, D].
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Stage onnx.torch against transformers: the same numbers, at batch sizes, lengths and paddings it was not traced with."""
+"""Stage onnx.torch against transformers: the same numbers, at sizes and paddings that it was not traced with."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     models.write_tokenizer(folder)
     config = MambaConfig(vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(StageError, match="mamba.*keys and values"):
+    with pytest.raises(StageError, match=r"mamba.*keys and values"):
         export(folder, tmp_path / "export")
 
 
