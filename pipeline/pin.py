@@ -76,8 +76,8 @@ def pin(
 
     A hub model is taken from the lock without asking the hub, as long as the recipe names the same source. Local files
     are digested (known ones are not read again). `locked`: nothing may differ from the lock, which is not written.
-    `offline`: the hub is not asked. `update`: the old lock does not count. `write`: False leaves the lock as it is, for
-    a one-off override of a source. `progress` counts bytes of the model. Raises RecipeError, NetworkError, UnavailableError, VerificationError.
+    `offline`: the hub is not asked. `update`: the old lock does not count. `write`: False leaves the lock as it is.
+    `progress` counts bytes of the model. Raises RecipeError, NetworkError, UnavailableError, VerificationError.
     """
     if locked and update:
         raise RecipeError("--locked and --update exclude each other", hint="leave one of them out")

@@ -56,8 +56,8 @@ class Model:
     """Which checkpoint to build from."""
 
     source: str = option(
-        doc="A local folder (relative to the recipe), `hf://org/name[@revision]`, or `package://module/folder`: a model "
-        "that an installed Python package carries.",
+        doc="A local folder (relative to the recipe), `hf://org/name[@revision]`, or `package://module/folder` "
+        "(a model that an installed Python package carries).",
         example="hf://org/name@main",
     )
     task: Task | None = option(None, "What the model does. Inferred from config.json when not given.")

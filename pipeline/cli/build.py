@@ -18,7 +18,7 @@ from pipeline.cli import outcome, preflight
 from pipeline.cli.console import listening, megabytes, opened, table
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
-from pipeline.errors import GateError
+from pipeline.errors import GateError, RecipeError, StageError
 from pipeline.hardware import probe
 from pipeline.parity import gates
 from pipeline.run.local import Event, Runner
@@ -143,7 +143,14 @@ def _run(
                 costs[event["key"]] = event
             show(event)
 
-        return Runner(store, listen, prepared.recipe.toolchains, jobs).run(prepared.plan)
+        try:
+            return Runner(store, listen, prepared.recipe.toolchains, jobs).run(prepared.plan)
+        except (RecipeError, StageError) as error:
+            # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
+            sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}
+            named = (f"{role} is {source.uri}" for role, source in sources.items())
+            error.hint = f"{error.hint}\nwhere {', '.join(named)}".lstrip()
+            raise
 
 
 def _publish(
