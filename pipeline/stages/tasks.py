@@ -70,7 +70,7 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            "the model folder has no config.json", hint="model.source must be a folder in Hugging Face format"
+            f"{model_dir.name}: no config.json", hint="model.source must be a folder in Hugging Face format"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RecipeError(f"the model's config.json is not JSON: {error}", hint="fetch the file again") from None
