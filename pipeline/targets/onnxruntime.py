@@ -69,7 +69,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     stage = PARITY_CUDA if gpu else PARITY
     settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
     unquantized: tuple[Step, ...] = ()
-    if options.precision in ("int8", "int4"):
+    if options.precision in ("int8", "int4") and not gpu:
         plain = _weights("unquantized", options, precision="fp32")
         unquantized = (plain, parity_step(stage, OPENER, settings, engine="unquantized"))
     return (*common, *unquantized, *engine, parity_step(stage, OPENER, settings), golden_step(job))
@@ -102,6 +102,8 @@ def _engine(job: Job, options: Options) -> tuple[Step, ...]:
 def _weights(name: str, options: Options, precision: Literal["fp32", "fp16", "int8", "int4"]) -> Step:
     """An engine by its weights alone; what only quantized weights need stays out of the key of the others."""
     chosen = vars(options.quantize) if precision in ("int8", "int4") else {}
+    if chosen and options.provider == "cuda":
+        chosen = {**chosen, "activations": "fp16"}  # attention with a cache knows no other type there
     told = onnx_weights.WeightOptions(precision=precision, provider=options.provider, threads=options.threads, **chosen)
     return Step(name, onnx_weights.STAGE, told, {"export": "export", "model": "model"})
 
@@ -109,13 +111,16 @@ def _weights(name: str, options: Options, precision: Literal["fp32", "fp16", "in
 def _export(job: Job, options: Options) -> Step:
     """The exporter's step; `auto` is decided here, from config.json, so that the plan shows it."""
     exporter = options.exporter
+    full = options.provider == "cuda" and options.precision == "fp32"
     if exporter == "auto":
-        exporter = "fused" if job.kind == "decoder" and _fused_problem(job) is None else "torch"
+        exporter = "fused" if job.kind == "decoder" and not full and _fused_problem(job) is None else "torch"
     if exporter == "fused":
         if job.kind != "decoder":
             raise RecipeError("exporter: fused builds decoders only", hint="leave `exporter` out, or say `torch`")
         if problem := _fused_problem(job):
             raise problem
+        if full:
+            raise RecipeError("exporter: fused knows no fp32 on CUDA", hint="say `precision: fp16`, or leave it out")
         return Step("export", onnx_fused.STAGE, onnx_fused.FusedOptions(), {"model": "model"})
     task, trusted = cast(Task, job.task), job.recipe.model.trust_remote_code
     if exporter == "optimum":
