@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -72,6 +74,7 @@ def gc(root: Path | None, older_than: str, max_size: str | None) -> None:
     removed = store.gc(older_than_s=duration(older_than), max_bytes=limit)
     if limit is None:
         removed += downloads(store, duration(older_than))
+    removed += leftovers(store)
     click.echo(f"removed {len(removed)} results, {sum(bytes_ for _, bytes_ in removed) / 1e6:.1f} MB")
 
 
@@ -83,6 +86,20 @@ def downloads(store: Store, older_than_s: float) -> list[tuple[str, int]]:
         if path.is_file() and time.time() - path.stat().st_mtime >= older_than_s:
             removed.append((path.name, path.stat().st_size))
             path.unlink(missing_ok=True)
+    return removed
+
+
+def leftovers(store: Store) -> list[tuple[str, int]]:
+    """Remove what killed builders left half-made. What is being made now is locked, and stays."""
+    removed = []
+    for path in sorted((store.root / "scratch").glob("*")):
+        with (store.root / "locks" / path.name.rpartition(".")[0]).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            removed.append((path.name, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())))
+            shutil.rmtree(path, ignore_errors=True)
     return removed
 
 

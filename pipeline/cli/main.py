@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -26,6 +28,9 @@ VERBS = {
     "schema": "Print the JSON schema of recipes, for editors.",
     "completion": "Print the shell completion script.",
 }
+
+
+INTERRUPTED = "interrupted: finished steps are kept, the next run goes on from there"
 
 
 class Lazy(click.Group):
@@ -75,8 +80,11 @@ def run(argv: Sequence[str]) -> int:
         error.show()
         return 64
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("interrupted: finished steps are kept, the next run goes on from there", err=True)
+        click.echo(INTERRUPTED, err=True)
         return 130
+    except SystemExit as terminated:
+        click.echo(INTERRUPTED, err=True)
+        return int(terminated.code or 0)
     except BrokenPipeError:
         # The reader has gone; say no more, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,13 +93,20 @@ def run(argv: Sequence[str]) -> int:
         return report(error)
 
 
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C, with the children stopped and nothing half-made left, by the exit code of the signal."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point `enginewright`."""
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
 
 
 def build_main() -> None:
     """Entry point `build`: `build recipe.yaml` means `enginewright build recipe.yaml`."""
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(["build", *sys.argv[1:]]))
 
 

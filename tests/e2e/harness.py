@@ -128,8 +128,13 @@ class Running:
         return found
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
-        self.process.send_signal(number)
+        """Send it a signal; it may have ended."""
+        os.kill(self.pid, number)  # not reaped before `end`: the number is still its own
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _take_signals() -> None:
@@ -225,7 +230,7 @@ class Site:
     def ids(self) -> dict[str, str]:
         """Target -> artifact_id of what is published; each must verify."""
         found = {}
-        for place in sorted(self.out.glob("*/*/manifest.json")):
+        for place in sorted(self.out.glob("*/[!.]*/manifest.json")):
             report = examine(place.parent)
             assert report.ok, report.problems
             assert report.artifact_id == "sha256:" + hashlib.sha256(place.read_bytes()).hexdigest()
