@@ -53,9 +53,9 @@ def run(command: Sequence[str | Path]) -> None:
 
 def ours(model: str, checkpoint: Path) -> dict[int, Path]:
     """Build int4 with each group size; the artifacts' folders."""
+    gates = inputs.gates_off("text-generation", "int4")
     targets: dict[str, dict[str, object]] = {
-        f"int4-{size}": {"precision": "int4", "quantize": {"group_size": size}, "gates": inputs.gates_off("int4")}
-        for size in GROUPS
+        f"int4-{size}": {"precision": "int4", "quantize": {"group_size": size}, "gates": gates} for size in GROUPS
     }
     recipe = inputs.recipe(HOME, f"decode-{model}", targets, model_folder=checkpoint, samples=2, length=32)
     work, script = HOME / "decode", Path(sys.executable).parent / "build"

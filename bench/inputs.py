@@ -137,10 +137,12 @@ def recipe(
     return path
 
 
-def gates_off(precision: str) -> dict[str, None]:
-    """Every gate that a decoder of this precision has by default, switched off."""
+def gates_off(task: str, precision: str) -> dict[str, None]:
+    """Every gate that a model of this task has by default at a precision, switched off."""
     defaults = tomllib.loads((ROOT / "pipeline" / "data" / "gates.toml").read_text("utf-8"))
-    return dict.fromkeys(defaults["gates"]["decoder"][precision])
+    kind = "decoder" if task == "text-generation" else "encoder"
+    more = defaults.get("tasks", {}).get(task, {}).get(precision, {})
+    return dict.fromkeys([*defaults["gates"][kind][precision], *more])
 
 
 def parameters(folder: Path) -> int:

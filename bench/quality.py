@@ -35,7 +35,7 @@ def build() -> tuple[Path, dict[str, dict[str, Any]]]:
             "runtime": "onnxruntime",
             "precision": "int4",
             "quantize": {"group_size": size},
-            "gates": inputs.gates_off("int4"),
+            "gates": inputs.gates_off("text-generation", "int4"),
         }
         for size in decode.GROUPS
     }

@@ -30,6 +30,7 @@ def test_events_split_into_building_and_proving() -> None:
             done("export", 2, 100),
             done("cpu-int8/engine", 1, 200),
             done("cpu-int8/parity", 4, 800),
+            done("cpu-int4/unquantized", 2, 300),
             done("cpu-int4/parity.unquantized", 4, 800),
             done("golden", 1, 40),
             json.dumps({"event": "hit", "step": "export"}),
@@ -37,7 +38,7 @@ def test_events_split_into_building_and_proving() -> None:
         ]
     )
     found = builds.split_events(text)
-    assert found["proof_cpu_s"] == 17.25
+    assert found["proof_cpu_s"] == 19.25
     assert found["build_peak_bytes"] == 200
     assert found["exports"] == 1
     assert set(found["steps"]) >= {"model", "export", "cpu-int8/engine"}
