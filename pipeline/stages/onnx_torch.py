@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import Task, option
-from pipeline.stages.tasks import infer_task, kind_of, load_model, read_config
+from pipeline.stages.tasks import infer_task, kind_of, load_model, paused_collector, read_config
 from pipeline.step import Inputs, Progress, Stage
 
 
@@ -35,7 +35,8 @@ def run(inputs: Inputs, options: TorchExportOptions, out: Path, progress: Progre
     progress(0, 3, "load")
     model = load_model(folder, task, trust_remote_code=options.trust_remote_code)
     progress(1, 3, "export")
-    export = _EXPORTERS[kind](model, task, folder, options, out, progress)
+    with paused_collector():
+        export = _EXPORTERS[kind](model, task, folder, options, out, progress)
     document = {"exporter": "torch", "task": task, "kind": kind, **export}
     (out / "export.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     progress(3, 3, "export")
