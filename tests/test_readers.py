@@ -18,9 +18,7 @@ import onnxruntime_genai
 import pytest
 import torch
 import transformers
-import transformers.modeling_utils  # before a model is loaded through the reference stage in the same process
 
-from tests.conftest import ROOT
 from tests.e2e.harness import DATA, MODEL, command, snapshot
 
 OPTIMUM = os.environ.get("ENGINEWRIGHT_TOOLCHAIN_OPTIMUM")
