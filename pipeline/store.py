@@ -241,6 +241,7 @@ class Store:
 def open_store(root: Path | None) -> Store:
     """A Store at `root` (default: `default_root()`); UnavailableError when a file stands in the way."""
     store = Store(root.absolute() if root else None)
-    if store.root.exists() and not store.root.is_dir():
-        raise UnavailableError(f"{store.root} is a file, not a directory", hint="give another --cache DIR")
+    there = next(path for path in (store.root, *store.root.parents) if path.exists())
+    if not there.is_dir():
+        raise UnavailableError(f"{there} is a file, not a directory", hint="give another --cache DIR")
     return store

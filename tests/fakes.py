@@ -27,7 +27,9 @@ def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None
     progress(1, 2, "half-way")
     (out / "partial").write_text("not whole")
     time.sleep(options.sleep_s)
-    if options.fail == "kill":
+    if options.fail == "orphan" and os.fork() == 0:
+        time.sleep(30)
+    if options.fail in ("kill", "orphan"):
         os.kill(os.getpid(), signal.SIGKILL)
     if options.fail == "segv":
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -13,7 +13,7 @@ import click
 
 from pipeline import __version__
 from pipeline.artifact import attest, facts
-from pipeline.artifact.package import Assembled, assemble
+from pipeline.artifact.package import Assembled, assemble, check_replaceable
 from pipeline.cli import outcome, preflight
 from pipeline.cli.console import listening, megabytes, opened, table
 from pipeline.cli.errors import report
@@ -164,6 +164,8 @@ def _publish(
 ) -> dict[str, Assembled]:
     """Assemble every target's artifact; each swap is atomic, and none begins before all gates have passed."""
     made = {}
+    for each in judged:
+        check_replaceable(out / prepared.recipe.name / each.target)
     for each in judged:
         keys, hardware = prepared.plan.targets[each.target], prepared.hardware[each.target]
         about = facts.manifest_facts(prepared.job, each.target, prepared.plan, results, each.verdicts, hardware)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import pipeline
@@ -23,6 +25,8 @@ from pipeline.run.toolchain import interpreter
 from pipeline.step import Stage
 
 WORKER = ("-m", "pipeline.run.worker")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes of one unit of ru_maxrss."""
 Cost = dict[str, Any]
 """wall_s, cpu_s (user and system), peak_rss_bytes."""
 
@@ -56,6 +60,7 @@ class Children:
         command = [interpreter(step.stage.toolchain, self.toolchains), *WORKER]
         started = time.monotonic()
         child, messages = self._start([*command, str(live)], log, step)
+        Thread(target=_sweep, args=(child.pid,), daemon=True).start()
         error = _listen(messages, progress)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -67,11 +72,11 @@ class Children:
             return {
                 "wall_s": round(time.monotonic() - started, 3),
                 "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
-                "peak_rss_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                "peak_rss_bytes": usage.ru_maxrss * RSS_UNIT,
             }
-        again = f"repeat it with: {shlex.join([*command, str(kept)])}\nlog: {log}"
+        again = f"repeat it with: {shlex.join([*command, str(kept)])}\nlog: {log}{_limited()}"
         if error is None:
-            raise StageError(f"{step.label}: {_death(child.returncode)}", hint=again)
+            raise StageError(f"{step.label}: {_death(child.returncode, usage.ru_maxrss * RSS_UNIT)}", hint=again)
         kind = BY_EXIT_CODE.get(int(error["exit_code"]), StageError)
         hint = f"{error['hint']}\n{again}" if error["hint"] else again
         raise kind(f"{step.label}: {error['message']}", hint=hint)
@@ -121,6 +126,13 @@ class Children:
                 child.kill()
 
 
+def _sweep(pid: int) -> None:
+    """Kill what a child leaves behind when it ends: it would hold our pipe open, and nobody waits for its results."""
+    with contextlib.suppress(OSError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _listen(messages: int, progress: Callable[[list[Any]], None]) -> dict[str, Any] | None:
     """Pass progress on until the child has closed its end; the error that it told, if any."""
     error = None
@@ -145,9 +157,18 @@ def _reference(stage: Stage[Any]) -> str:
     raise TypeError(f"the stage {stage.name} is not a constant of {module}")
 
 
-def _death(code: int) -> str:
+def _death(code: int, peak_bytes: int) -> str:
     if code >= 0:
         return f"the process ended with exit code {code} and no message"
     name = signal.Signals(-code).name
-    why = " (killed from outside; the usual reason is that memory ran out)" if name == "SIGKILL" else ""
+    peak = f"it held {peak_bytes / 1e6:.0f} MB"
+    why = f" (killed from outside; the usual reason is that memory ran out: {peak})" if name == "SIGKILL" else ""
     return f"the process died of {name}{why}"
+
+
+def _limited() -> str:
+    """A line on a limit of memory, at which libraries fail in many ways of which few speak of memory."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f"\nthis shell limits the memory of a process to {limit / 1e6:.0f} MB (`ulimit -v`): that may be the reason"

@@ -265,7 +265,7 @@ def refused(done: Done, code: int, *words: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
-    """Path -> inode, modification time, digest of every file below a folder."""
+    """Path -> inode, modification time, digest of every file below a folder; the empty files of locks do not count."""
     return {
         path.relative_to(folder).as_posix(): (
             path.stat().st_ino,
@@ -273,7 +273,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
             hashlib.sha256(path.read_bytes()).hexdigest(),
         )
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not (path.name.endswith(".lock") and path.stat().st_size == 0)
     }
 
 

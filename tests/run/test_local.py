@@ -95,6 +95,15 @@ def test_a_failure_keeps_its_kind_and_names_the_command_that_repeats_it(
         assert "ZeroDivisionError" in again.stderr
 
 
+def test_what_a_step_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    """A process that a step forked holds the builder's pipe."""
+    made = planned(a=(Write(text="a", fail="orphan"), {}))
+    started = time.monotonic()
+    with pytest.raises(StageError, match="SIGKILL"):
+        runner(tmp_path)[0].run(made)
+    assert time.monotonic() - started < 20
+
+
 def test_a_corrupt_input_is_built_again_before_it_is_used(tmp_path: Path) -> None:
     made = planned(a=(Write(text="a"), {}), b=(Write(text="b"), {"first": "a"}))
     runner(tmp_path)[0].run(made)
