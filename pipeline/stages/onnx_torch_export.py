@@ -126,6 +126,9 @@ def _use_plain_names(program: Any) -> None:
             continue
         if node.target in operators:
             node.target = operators[node.target]
+        elif node.target == aten.add_.Tensor and _is_alone(node.args[0], node):
+            node.target = aten.add.Tensor
+            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, sum_=node: user > sum_)
         elif node.target in checks:
             graph.erase_node(node)
         elif node.target in casts or node.target in same:
@@ -138,6 +141,16 @@ def _use_plain_names(program: Any) -> None:
                 node.replace_all_uses_with(source, propagate_meta=False)
                 graph.erase_node(node)
     program.graph_module.recompile()
+
+
+def _is_alone(value: Any, writer: Any) -> bool:
+    """Whether no view shares the memory of `value`, so that what `writer` does to it in place can make a new value."""
+
+    def makes_view(node: Any) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return schema is None or any(each.alias_info is not None for each in schema.returns)
+
+    return not any(makes_view(node) for node in (value, *(user for user in value.users if user is not writer)))
 
 
 def _decompose_only_when_needed(program: Any) -> None:

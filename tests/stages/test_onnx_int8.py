@@ -224,3 +224,31 @@ def test_the_entropy_search_cuts_a_lone_outlier() -> None:
     counts = np.histogram(np.append(values, 100.0), bins=2048, range=(0, 100.0))[0]
     cut = _best_cut(counts) * 100 / 2048
     assert 3 < cut < 20
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_weights_in_a_data_file(sentence_model: Path, tmp_path: Path, mode: str) -> None:
+    """Large exports have their weights beside the graph: the same engine comes out."""
+    root = tmp_path / "root"
+    shutil.copytree(sentence_model, root)
+    model = onnx.load(root / "export" / "model.onnx")
+    (root / "export" / "model.onnx").unlink()
+    onnx.save(model, root / "export" / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    build(root, tmp_path / "engine", calibrated=mode == "static", mode=mode)
+    build(sentence_model, tmp_path / "plain", calibrated=mode == "static", mode=mode)
+    np.testing.assert_array_equal(embeddings(tmp_path / "engine"), embeddings(tmp_path / "plain"))
+
+
+def test_images_in_int8(tmp_path: Path) -> None:
+    """Every product becomes int8, whatever the architecture; the engine's figures stay near fp32's."""
+    models.vit(tmp_path / "model")
+    root = exported(tmp_path)
+    engine = build(root, tmp_path / "engine")
+    assert engine["quantization"]["products_fp32"] == 0
+    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)}
+    logits = [run(tmp_path / name / "model.onnx", None, pixels)[0] for name in ("export", "engine")]
+    assert cosine(*logits) > 0.99
+    (root / "calibration").mkdir()
+    (root / "calibration" / "data.txt").write_text("\n".join(SENTENCES))
+    with pytest.raises(RecipeError, match="pixel_values"):
+        build(root, tmp_path / "static", calibrated=True, mode="static")
