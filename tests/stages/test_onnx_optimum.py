@@ -46,6 +46,19 @@ for model in sorted(source.iterdir()):
         except EnginewrightError as error:
             found[model.name] = [error.exit_code, str(error)]
             assert not list(out.iterdir())
+
+import optimum.exporters.onnx
+
+def broken(*given, **named):
+    raise ValueError("first line\\nShapes do not match: logits [2, 16]")
+
+optimum.exporters.onnx.onnx_export_from_model = broken
+out = Path(sys.argv[2]) / "broken"
+out.mkdir()
+try:
+    run({"model": source / "gpt2"}, OptimumOptions(), out, silent)
+except EnginewrightError as error:
+    found["broken"] = [error.exit_code, str(error)]
 print(json.dumps(found))
 """
 
@@ -186,13 +199,19 @@ class TestExports:
 
     def test_refusals_name_the_reason(self, exports: tuple[Path, dict[str, Any]]) -> None:
         words = {"t5": "'text2text-generation'", "mamba": "Optimum does not know it", "gemma3": "rope_parameters"}
-        refusals = exports[1]
+        refusals = {name: told for name, told in exports[1].items() if name != "broken"}
         assert refusals.keys() == words.keys()
         for name, word in words.items():
             code, message = refusals[name]
             assert code == 5
             assert word in message
             assert "torch" in message, "what to do instead"
+
+    def test_a_failed_export_keeps_the_words_of_optimum(self, exports: tuple[Path, dict[str, Any]]) -> None:
+        code, message = exports[1]["broken"]
+        assert code == 3
+        assert "cannot export model_type 'gpt2'" in message
+        assert "Shapes do not match: logits [2, 16]" in message
 
     @pytest.mark.parametrize("name", ["gpt2", "sentences"])
     def test_a_second_export_writes_the_same_bytes(self, exports: tuple[Path, dict[str, Any]], name: str) -> None:
