@@ -20,8 +20,8 @@ Targets = dict[str, dict[str, object]]
 """`targets:` of a recipe."""
 
 # Another kind of int8 for the same encoder: what `edit` changes, and the third target of `three`.
-OTHER_INT8: dict[str, object] = {"precision": "int8", "int8": {"per_channel": False}}
-EDIT_OF_ENCODER = "targets.cpu-int8.int8.per_channel=false"
+OTHER_INT8: dict[str, object] = {"precision": "int8", "int8": {"embeddings": False}}
+EDIT_OF_ENCODER = "targets.cpu-int8.int8.embeddings=false"
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ How to read it:
   it, judges the gates, keeps golden inputs and writes a manifest. No peer does this by default: Optimum compares one
   random batch and warns, Olive and GenAI's builder compare nothing. **Build steps alone** is the same run without the
   CPU time of the steps that prove (`reference`, `parity`, `golden`, and the unquantized engine that is held against the
-  reference before int8 or int4), and the peak of the others. The command, which
-  plans, starts the steps and packages, is in both.
+  reference before int8 or int4), and the peak of the others. The command, which plans, starts the steps and packages,
+  is in both.
 
 What is not comparable:
 
@@ -49,8 +49,10 @@ What is not comparable:
 * {OURS}'s artifact holds tokenizer and configuration; Olive's result for a BERT is a model.onnx alone.
 * Olive's default exporter does not convert all-MiniLM under transformers 5 (`forward() got multiple values for argument
   'use_cache'`); its dynamo exporter does, and is what is measured there.
-* {OURS}'s parity runs here on few samples: 4 of 64 tokens for the Llamas, 32 or 64 of 64 tokens for the BERTs. The gates
-  of the models with random weights are off: how close random weights come says nothing.
+* {OURS}'s parity runs here on few samples: 4 of 64 tokens for the Llamas, 32 or 64 of 64 tokens for the BERTs. The
+  gates of the models with random weights are off: how close random weights come says nothing.
+* What "last step changed" changes: whether embedding tables are quantized ({OURS}), whether weights have a scale for
+  each channel (Olive, Optimum). {OURS} has a scale for each channel by default, the others one for the whole weight.
 """
 
 
