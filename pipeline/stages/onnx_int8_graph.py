@@ -8,7 +8,9 @@ Legend: K input channels, N output channels, V rows of a table, D its width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError
+from pipeline.stages.checkpoint import Tensor
 from pipeline.stages.onnx_int8 import Int8Options
 from pipeline.stages.onnx_int8_observe import Observed
 from pipeline.stages.onnx_patterns import Linear, linears, tables
@@ -29,6 +32,8 @@ _FLOAT = 1
 _SMALLEST = 1024
 """Products with fewer weights than this are left alone: there is nothing to gain."""
 _SMALLEST_RANGE = 1e-9
+_ROWS = 256
+"""Of a weight that are quantized at once."""
 
 
 class Int8Graph:
@@ -39,7 +44,9 @@ class Int8Graph:
         self.graph = ExportedGraph(path, model)
         self.widened = self.graph.drop_casts()
         self.linears = self._chosen()
-        self.arrays: dict[str, npt.NDArray[Any]] = {}
+        self.small: dict[str, npt.NDArray[Any]] = {}
+        self.large: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Sink], None]]] = {}
+        """Name of an int8 initializer -> its shape, that of its scales, and what writes both."""
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -98,12 +105,17 @@ class Int8Graph:
             if name in graph.consumers or name in graph.outputs:
                 copied.append((graph.source(name), _FLOAT if name in self.widened else tensor.data_type))
                 sink.declare(name, copied[-1][0].shape, copied[-1][1])
-        for name, array in self.arrays.items():
+        for name, (shape, scales, _) in self.large.items():
+            sink.declare(name, shape, onnx.TensorProto.INT8)
+            sink.declare(f"{name}.scale", scales, _FLOAT)
+        for name, array in self.small.items():
             sink.declare(name, array.shape, onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
         with sink:
             for source, kind in copied:
                 stream(sink, source, kind)
-            for name, array in self.arrays.items():
+            for _, _, job in self.large.values():
+                job(sink)
+            for name, array in self.small.items():
                 sink.write(name, array)
         del proto.graph.initializer[:], proto.graph.value_info[:]
         proto.graph.initializer.extend(sink.protos())
@@ -114,14 +126,11 @@ class Int8Graph:
     def _quantized_weight(self, linear: Linear) -> tuple[str, str]:
         """Names of the int8 weight [K, N] and its scales, [N] or one number."""
         base = f"{linear.weight.removesuffix('.weight')}.int8" + (".transposed" if linear.transposed else "")
-        if base not in self.arrays:
-            weight_KN: F32 = self.graph.source(linear.weight).numpy()
-            if linear.transposed:
-                weight_KN = np.ascontiguousarray(weight_KN.T)
-            largest = np.abs(weight_KN).max(axis=0 if self.options.per_channel else None, initial=0)
-            scale = np.maximum(largest / (63 if self.options.reduce_range else 127), _SMALLEST_RANGE)
-            self.arrays[base] = np.rint(weight_KN / scale.astype(np.float32)).astype(np.int8)
-            self.arrays[f"{base}.scale"] = scale.astype(np.float32)
+        if base not in self.large:
+            source = self.graph.source(linear.weight)
+            top = 63 if self.options.reduce_range else 127
+            job = partial(_write_weight, base, source, linear.transposed, self.options.per_channel, top)
+            self.large[base] = ((linear.k, linear.n), (linear.n,) if self.options.per_channel else (), job)
         return base, f"{base}.scale"
 
     # nodes
@@ -134,7 +143,7 @@ class Int8Graph:
             return [make_node("DynamicQuantizeLinear", [name], outputs, name=f"{name}.quantize")]
         assert observed is not None
         scale, zero = _static_scale(observed, self.options)
-        self.arrays[f"{name}.scale"], self.arrays[f"{name}.zero"] = scale, zero
+        self.small[f"{name}.scale"], self.small[f"{name}.zero"] = scale, zero
         parameters = [f"{name}.scale", f"{name}.zero"]
         quantize = make_node("QuantizeLinear", [name, *parameters], [f"{name}.int8"], name=f"{name}.quantize")
         widen = make_node("DequantizeLinear", [f"{name}.int8", *parameters], [f"{name}.wide"], name=f"{name}.wide")
@@ -175,17 +184,38 @@ class Int8Graph:
 
         table, ids, output = node.input[0], node.input[1], node.output[0]
         base = f"{table.removesuffix('.weight')}.rows"
-        if base not in self.arrays:
-            rows_VD = self.graph.source(table).numpy()
-            scale_V1 = np.maximum(np.abs(rows_VD).max(axis=1, keepdims=True) / 127, _SMALLEST_RANGE)
-            self.arrays[base] = np.rint(rows_VD / scale_V1).astype(np.int8)
-            self.arrays[f"{base}.scale"] = scale_V1.astype(np.float32)
+        if base not in self.large:
+            source = self.graph.source(table)
+            self.large[base] = (source.shape, (source.shape[0], 1), partial(_write_table, base, source))
         return [
             make_node("Gather", [base, ids], [f"{output}.int8"], name=f"{node.name}.int8"),
             make_node("Cast", [f"{output}.int8"], [f"{output}.wide"], name=f"{node.name}.wide", to=_FLOAT),
             make_node("Gather", [f"{base}.scale", ids], [f"{output}.scale"], name=f"{node.name}.scale"),
             make_node("Mul", [f"{output}.wide", f"{output}.scale"], [output], name=node.name),
         ]
+
+
+def _write_weight(name: str, source: Tensor, transposed: bool, per_channel: bool, top: int, sink: Sink) -> None:
+    """A weight [K, N] and the scales of its columns, symmetric about 0."""
+    weight_KN: F32 = source.numpy()
+    if transposed:
+        weight_KN = np.ascontiguousarray(weight_KN.T)
+    axis = 0 if per_channel else None
+    largest = np.maximum(weight_KN.max(axis=axis), -weight_KN.min(axis=axis))
+    scale = np.maximum(largest / top, _SMALLEST_RANGE).astype(np.float32)
+    for start in range(0, len(weight_KN), _ROWS):
+        part = np.rint(weight_KN[start : start + _ROWS] / scale).astype(np.int8)
+        sink.write(name, part, start * weight_KN.shape[1])
+    sink.write(f"{name}.scale", scale)
+
+
+def _write_table(name: str, source: Tensor, sink: Sink) -> None:
+    """A table [V, D] and the scale of every row."""
+    for start, rows_VD in source.slices():
+        largest = np.maximum(rows_VD.max(axis=1, keepdims=True), -rows_VD.min(axis=1, keepdims=True))
+        scale_V1 = np.maximum(largest / 127, _SMALLEST_RANGE).astype(np.float32)
+        sink.write(name, np.rint(rows_VD / scale_V1).astype(np.int8), start * source.shape[1])
+        sink.write(f"{name}.scale", scale_V1, 4 * start)
 
 
 def _static_scale(observed: Observed, options: Int8Options) -> tuple[F32, npt.NDArray[Any]]:
