@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and its plots from the figures that builds.py, decode.py and quality.py left in .bench.
+"""Write docs/benchmarks.md and its plots from the figures that the other scripts left in .bench.
 
 python bench/page.py
 """
@@ -304,6 +304,25 @@ def quality_section(quality: Figures) -> str:
     )
 
 
+def encoder_quality_section(quality: Figures) -> str:
+    """int8 of a BERT by every tool, judged by the same reference."""
+    rows = [
+        [row["name"], f"{row['size_bytes'] / 1e6:.1f}", f"{row['cosine']['mean']:.5f}", f"{row['cosine']['min']:.5f}"]
+        for row in quality["rows"]
+    ]
+    return "\n".join(
+        [
+            "### int8 of MiniLM, every tool's default",
+            "",
+            f"Cosine of the sentence embeddings of {quality['samples']} held-out sentences with the checkpoint's in "
+            "torch at fp32; the peers' hidden states are pooled as the model says.",
+            "",
+            table(("tool", "weights MB", "mean cosine", "least cosine"), rows),
+            "",
+        ]
+    )
+
+
 def commands_section(found: Mapping[str, Figures]) -> str:
     """What was run, by job and tool."""
     parts = [
@@ -313,6 +332,7 @@ def commands_section(found: Mapping[str, Figures]) -> str:
         "python bench/builds.py     # makes .bench/olive and .bench/optimum where they are missing",
         "python bench/decode.py",
         "python bench/quality.py",
+        "python bench/quality_encoder.py",
         "python bench/page.py",
         "```",
         "",
@@ -336,7 +356,9 @@ def versions_section(versions: Mapping[str, Mapping[str, str]]) -> str:
     return table(("", *(f"{tool}'s environment" for tool in versions)), rows)
 
 
-def page(builds: Figures, decode: Figures | None, quality: Figures | None) -> str:
+def page(
+    builds: Figures, decode: Figures | None, quality: Figures | None = None, encoder: Figures | None = None
+) -> str:
     """The whole page."""
     found, machine = builds["jobs"], builds["machine"]
     busy = max(max(job["load"]) for job in found.values()) > machine["processors"]
@@ -370,6 +392,8 @@ def page(builds: Figures, decode: Figures | None, quality: Figures | None) -> st
         parts.append(parity_section(builds["parity"]))
     if quality:
         parts.append(quality_section(quality))
+    if encoder:
+        parts.append(encoder_quality_section(encoder))
     if decode:
         parts += [decode_section(decode), "![Tokens per second](img/bench-decode.svg)", ""]
     parts += ["## Versions", "", versions_section(builds["versions"]), "", commands_section(found)]
@@ -382,11 +406,11 @@ def _read(name: str) -> Any:
 
 
 def main() -> int:
-    builds, decode, quality = _read("builds.json"), _read("decode.json"), _read("quality.json")
+    builds, decode = _read("builds.json"), _read("decode.json")
     if builds is None:
         raise SystemExit("there are no figures yet: run bench/builds.py")
     path: Path = DOCS / "benchmarks.md"
-    path.write_text(page(builds, decode, quality), "utf-8")
+    path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
     plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
     if decode:
         plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")

@@ -96,7 +96,8 @@ def test_a_peer_that_needs_less_is_named_and_failures_are_not_compared() -> None
 
 
 def test_page_shows_figures_failures_and_a_busy_machine() -> None:
-    text = page.page(document(), decoded(), None)
+    near = {"samples": 64, "rows": [{"name": "Olive", "size_bytes": 22.9e6, "cosine": {"mean": 0.97, "min": 0.9}}]}
+    text = page.page(document(), decoded(), None, near)
     assert "| cold | Enginewright, whole build | 10.0 (9.9-10.1) | 1 |" in text
     assert "| cold | Enginewright, build steps alone | 4.0 (3.9-4.1) | 0.4 |" in text
     assert "| **1** |" in text
@@ -106,6 +107,7 @@ def test_page_shows_figures_failures_and_a_busy_machine() -> None:
     assert "| 100.0 (90.0-110.0) | 15.00 (14.00-16.00) | 50 (40-60) | 80 | 3.0 |" in text
     assert "10 times torch" in text
     assert "olive run --config x.json" in text
+    assert "| Olive | 22.9 | 0.97000 | 0.90000 |" in text
     assert "| int8 | 7.0 | 0.0001 | 0.99 | 1 of 1 |" in text
 
 
