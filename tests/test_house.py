@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import json
@@ -58,7 +59,12 @@ def floor(module: str) -> int:
     return found[0]
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -161,9 +167,14 @@ def test_every_target_is_in_the_readme() -> None:
     assert [name for name in targets.names() if name != "copy" and f"`{name}`" not in text] == []
 
 
+@functools.cache
+def parts() -> dict[str, Path]:
+    return {name: path for name, path in modules() if name.startswith(MADE_OF)}
+
+
 def sources(module: str, seen: dict[str, Path]) -> dict[str, Path]:
     """The module and all it imports of what stages are made of, also inside functions."""
-    paths = {name: path for name, path in modules() if name.startswith(MADE_OF)}
+    paths = parts()
     if module in paths and module not in seen:
         seen[module] = paths[module]
         for other in imported(paths[module]):

@@ -27,7 +27,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "probe", lambda: HOST)
     monkeypatch.setattr(targets, "names", lambda: ["copy", "toy"])
     monkeypatch.setattr(targets, "load", lambda name: backend)
-    monkeypatch.setattr(doctor, "_runtime", lambda name: {"runtime": name, "ok": True, "reason": "installed"})
+    monkeypatch.setattr(doctor, "runtime_state", lambda name: {"runtime": name, "ok": True, "reason": "installed"})
 
 
 def model(path: str = "model", architecture: str = "LlamaForCausalLM", **config: str) -> Path:
@@ -88,7 +88,7 @@ def test_a_backend_that_cannot_build_here_is_left_out(
 ) -> None:
     model()
     state = {"ok": False, "reason": "missing onnx: pip install 'enginewright[toy]'"}
-    monkeypatch.setattr(doctor, "_runtime", lambda name: state if name == "toy" else {"ok": True})
+    monkeypatch.setattr(doctor, "runtime_state", lambda name: state if name == "toy" else {"ok": True})
     said = refused(capsys, 5, "model")
     assert said == ("error: no backend is installed here\nhint: toy: missing onnx: pip install 'enginewright[toy]'\n")
 
