@@ -37,7 +37,15 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return site
 
 
+@pytest.fixture(scope="session")
+def spoiled(ready: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A copy of `ready` for builds that fail: its artifacts stay as they are, its store may get more results."""
+    site = ready.elsewhere(tmp_path_factory.mktemp("spoiled") / "site")
+    assert site.made() == ready.ids()
+    return site
+
+
 @pytest.fixture
-def bad(ready: Site, tmp_path: Path) -> Site:
-    """A site whose input a test spoils; its artifacts and its store are those of `ready`."""
-    return Site.write(tmp_path / "site", cache=ready.cache, out=ready.out)
+def bad(spoiled: Site, tmp_path: Path) -> Site:
+    """A site whose input a test spoils; its artifacts and its store are those of `spoiled`."""
+    return Site.write(tmp_path / "site", cache=spoiled.cache, out=spoiled.out)
