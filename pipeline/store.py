@@ -11,12 +11,11 @@ import fcntl
 import json
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError, UnavailableError
@@ -127,17 +126,19 @@ class Store:
     @contextlib.contextmanager
     def locked(self, key: str) -> Iterator[None]:
         """Hold the key's lock; waits for another builder. The kernel drops it when a holder dies."""
+        with self._lock_file(key) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _lock_file(self, name: str) -> TextIO:
         try:
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            handle = (self.root / "locks" / key).open("w")
+            return (self.root / "locks" / name).open("w")
         except OSError as error:
             raise StageError(
                 f"the store at {self.root} cannot be written: {error.strerror}",
                 hint="give another place with --cache DIR or ENGINEWRIGHT_CACHE, or make this one writable",
             ) from error
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
 
     @contextlib.contextmanager
     def adding(self, key: str, key_text: dict[str, Any], run: dict[str, Any]) -> Iterator[Path]:
@@ -192,27 +193,28 @@ class Store:
             return None
         return text
 
-    def remove(self, key: str) -> None:
-        """Delete a result, whole: first out of sight, then from the disk."""
-        with self.locked(key):
+    @contextlib.contextmanager
+    def using(self, keys: Iterable[str]) -> Iterator[None]:
+        """Keep the results of these keys from being removed while the block runs."""
+        with contextlib.ExitStack() as held:
+            for key in keys:
+                with contextlib.suppress(StageError):  # what cannot be written cannot be removed either
+                    fcntl.flock(held.enter_context(self._lock_file(f"{key}.used")), fcntl.LOCK_SH)
+            yield
+
+    def remove(self, key: str) -> bool:
+        """Delete a result, whole: first out of sight, then from the disk. False if a build uses it."""
+        with self.locked(key), self._lock_file(f"{key}.used") as users:
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
             trash = self.root / "scratch" / f"{key}.{uuid.uuid4().hex[:8]}"
             trash.parent.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self.path(key).rename(trash)
             self._clear(key)
-
-    def gc(self, *, older_than_s: float = 0, max_bytes: int | None = None) -> list[tuple[str, int]]:
-        """Remove results not used for `older_than_s`, the least recently used first, until `max_bytes` are left."""
-        used = sorted((self.path(key).stat().st_mtime, key) for key in self.entries())
-        sizes = {key: sum(f.stat().st_size for f in self.path(key).rglob("*") if f.is_file()) for _, key in used}
-        total, removed = sum(sizes.values()), []
-        for when, key in used:
-            if time.time() - when < older_than_s or (max_bytes is not None and total <= max_bytes):
-                continue
-            self.remove(key)
-            total -= sizes[key]
-            removed.append((key, sizes[key]))
-        return removed
+        return True
 
     def remember(self, name: str, keys: dict[str, str]) -> None:
         """Note which keys a recipe's steps had, so that the next plan can say what changed."""

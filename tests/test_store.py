@@ -135,17 +135,13 @@ def test_the_second_builder_waits_for_the_first(store: Store) -> None:
     assert order == ["first in", "first out", "second in"]
 
 
-def test_gc_removes_the_least_recently_used_first(store: Store) -> None:
-    keys = [f"test.write-{digit * 64}" for digit in "123"]
-    for age, key in enumerate(keys):
-        put(store, key, "x" * 1000)
-        os.utime(store.path(key), (time.time() - 100 + age, time.time() - 100 + age))
-    assert store.gc(older_than_s=3600) == []
-    total = sum(f.stat().st_size for key in keys for f in store.path(key).rglob("*") if f.is_file())
-    assert [key for key, _ in store.gc(max_bytes=total - 1)] == keys[:1]
-    assert list(store.entries()) == keys[1:]
-    store.gc()
-    assert list(store.entries()) == []
+def test_what_is_used_is_not_removed(store: Store) -> None:
+    put(store)
+    with store.using([KEY]), Store(store.root).using([KEY]):
+        assert not Store(store.root).remove(KEY)
+        assert store.get(KEY) is not None
+    assert store.remove(KEY)
+    assert store.get(KEY) is None
 
 
 def test_a_store_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def build(
         _show_plan(prepared, states, store, form)
         return 2 if detailed_exitcode and not all(state.hit for state in states) else 0
     costs: dict[str, Event] = {}
-    with opened(events) as stream:
+    with opened(events) as stream, store.using(prepared.plan.by_key()):
         missing = [state.step.label for state in states if not state.hit]
         if missing:
             preflight.check(prepared, store, probe(), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import re
@@ -68,14 +69,34 @@ def ls(root: Path | None, form: str) -> None:
 @click.option("--older-than", default="0s", help="Only results not used for so long, e.g. 30d.")
 @click.option("--max-size", default=None, help="Remove the least recently used until so much is left, e.g. 20GB.")
 def gc(root: Path | None, older_than: str, max_size: str | None) -> None:
-    """Remove results, the least recently used first (without options: all)."""
+    """Remove results, the least recently used first (without options: all).
+
+    What a build uses now stays.
+    """
     store = open_store(root)
     limit = size(max_size) if max_size else None
-    removed = store.gc(older_than_s=duration(older_than), max_bytes=limit)
+    removed = results(store, duration(older_than), limit)
     if limit is None:
         removed += downloads(store, duration(older_than))
     removed += leftovers(store)
     click.echo(f"removed {len(removed)} results, {sum(bytes_ for _, bytes_ in removed) / 1e6:.1f} MB")
+
+
+def results(store: Store, older_than_s: float = 0, max_bytes: int | None = None) -> list[tuple[str, int]]:
+    """Remove results not used for `older_than_s`, the least recently used first, until `max_bytes` are left."""
+    used = []
+    for key in store.entries():
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes, too
+            files = [path.stat() for path in store.path(key).rglob("*") if path.is_file()]
+            used.append((store.path(key).stat().st_mtime, key, sum(file.st_size for file in files)))
+    total, removed = sum(size_bytes for _, _, size_bytes in used), []
+    for when, key, size_bytes in sorted(used):
+        if time.time() - when < older_than_s or (max_bytes is not None and total <= max_bytes):
+            continue
+        if store.remove(key):
+            total -= size_bytes
+            removed.append((key, size_bytes))
+    return removed
 
 
 def downloads(store: Store, older_than_s: float) -> list[tuple[str, int]]:
@@ -113,8 +134,8 @@ def verify(root: Path | None, remove: bool) -> None:
     bad = [key for key in keys if store.get(key, deep=True) is None]
     for key in bad:
         click.echo(f"corrupt: {key}: {store.corrupt.get(key, 'gone')}")
-        if remove:
-            store.remove(key)
+        if remove and not store.remove(key):
+            click.echo(f"a build uses it now: {key}")
     click.echo(f"{len(keys) - len(bad)} of {len(keys)} results are whole")
     if bad and not remove:
         raise VerificationError(f"{len(bad)} results are corrupt", hint="`enginewright cache verify --remove`")

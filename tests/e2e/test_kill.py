@@ -225,3 +225,19 @@ def test_what_a_killed_builder_left_is_collected(ready: Site, tmp_path: Path) ->
     assert command("enginewright", "cache", "gc", "--older-than", "1d", "--cache", site.cache).code == 0
     assert not site.leftovers()
     assert site.entries("fetch")
+
+
+def test_collecting_garbage_beside_a_build_does_it_no_harm(ready: Site, tmp_path: Path) -> None:
+    site = ready.elsewhere(tmp_path / "site", *CHEAP)
+    build = site.start()
+    wait_for(build.workers, "a worker")
+    for _ in range(3):
+        assert command("enginewright", "cache", "gc", "--cache", site.cache).code == 0
+    done = build.end()
+    assert done.code == 0, done.err
+    assert "corrupt" not in done.err
+    assert "reference: started" not in done.err
+    assert site.ids() == ready.ids()
+    assert command("enginewright", "cache", "gc", "--cache", site.cache).code == 0
+    assert not list((site.cache / "results").iterdir())
+    assert site.ids() == ready.ids()
