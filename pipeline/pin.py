@@ -130,7 +130,10 @@ def _folder(
 
     def read(name: str) -> bytes:
         check_file(found[name], f"{text}/{name}")
-        return found[name].read_bytes()
+        try:
+            return found[name].read_bytes()
+        except OSError as error:
+            raise _unreadable(f"{text}/{name}", error) from None
 
     names, config = files_of_model(found, read, text, code=code)
     sizes = {name: check_file(found[name], f"{text}/{name}") for name in names}
@@ -180,7 +183,11 @@ def _digest(path: Path, label: str, known: StatCache) -> str:
     try:
         return known.sha256(path)
     except OSError as error:
-        raise RecipeError(f"{label}: {error.strerror}", hint="check the file and its permissions") from None
+        raise _unreadable(label, error) from None
+
+
+def _unreadable(label: str, error: OSError) -> RecipeError:
+    return RecipeError(f"{label}: {error.strerror}", hint="check the file and its permissions")
 
 
 def _uri(text: str) -> str:

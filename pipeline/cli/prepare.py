@@ -21,6 +21,9 @@ from pipeline.stages.tasks import kind_of, task_of
 from pipeline.store import Store
 from pipeline.targets import Job, Kind
 
+NAME_LENGTH = 100
+"""Of a recipe or a target; file systems take 255, and beside an artifact lie folders with a longer name."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -48,6 +51,12 @@ def read(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) ->
         hardware=machines.names(),
         metrics=tuple(name for name, metric in gates.metrics().items() if metric.direction),
     )
+    for what, name in (("name", recipe.name), *(("a target", name) for name in recipe.targets)):
+        if len(name) > NAME_LENGTH:
+            raise RecipeError(
+                f"{path}: {what} has {len(name)} characters: {name[:NAME_LENGTH]}...",
+                hint=f"a name becomes a folder: {NAME_LENGTH} characters at most",
+            )
     if unknown := [name for name in only if name not in recipe.targets]:
         raise RecipeError(f"{path} has no target {unknown[0]!r}", hint=f"its targets: {', '.join(recipe.targets)}")
     return replace(recipe, targets={name: t for name, t in recipe.targets.items() if not only or name in only})
