@@ -22,6 +22,16 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Site]:
 
 
 @pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Site]:
+    """The first build of recipes/minilm.yaml."""
+    place = tmp_path_factory.mktemp("sentences")
+    site = Site(ROOT, place / "cache", place / "out")
+    done = command("build", "recipes/minilm.yaml", *site.argv("--locked", "--format", "json")[2:])
+    assert done.code == 0, done.err
+    return done, site
+
+
+@pytest.fixture(scope="session")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A small recipe with three targets of ONNX Runtime, built and published. Tests leave it as it is."""
     site = Site.write(tmp_path_factory.mktemp("ready"), ALL_TARGETS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.e2e.harness import BIN, DATA, MODEL, Done, Site, command, customized, environment
 
 HEAVY = ("torch", "numpy", "transformers", "onnx", "onnx_ir", "onnxruntime", "huggingface_hub", "rich", "safetensors")
@@ -30,6 +31,29 @@ def test_the_shipped_recipe_passes_every_gate(shipped: tuple[Done, Site]) -> Non
     assert 1e-6 < int8["kld_mean"] < int4["kld_mean"] < 0.1
     assert int8["top1"] > int4["top1"] > 0.8
     assert site.ids() == {name: each["artifact_id"] for name, each in found.items()}
+
+
+def test_the_shipped_encoder_passes_every_gate(sentences: tuple[Done, Site]) -> None:
+    done, site = sentences
+    found = {each["target"]: each for each in done.json["targets"]}
+    assert {name: each["outcome"] for name, each in found.items()} == {"cpu-fp32": "passed", "cpu-int8": "passed"}
+    assert found["cpu-fp32"]["metrics"]["cosine_mean"] > 0.99999
+    assert found["cpu-fp32"]["metrics"]["cosine_min"] > 0.99999
+    assert 0.97 < found["cpu-int8"]["metrics"]["cosine_mean"] < 0.99999
+    assert found["cpu-int8"]["size_bytes"] < 0.3 * found["cpu-fp32"]["size_bytes"]
+    assert site.ids() == {name: each["artifact_id"] for name, each in found.items()}
+    again = [command("build", "recipes/minilm.yaml", *site.argv()[2:]) for _ in range(3)]
+    assert all(run.out.count("(unchanged)") == 2 for run in again)
+    assert min(run.cpu_s for run in again) < 0.4
+
+
+@pytest.mark.slow
+def test_the_shipped_encoder_is_the_same_from_an_empty_store(sentences: tuple[Done, Site], tmp_path: Path) -> None:
+    _, site = sentences
+    other = Site(ROOT, tmp_path / "cache", tmp_path / "out")
+    done = command("build", "recipes/minilm.yaml", *other.argv("--jobs", "2")[2:], env={"HOME": str(tmp_path)})
+    assert done.code == 0, done.err
+    assert other.ids() == site.ids()
 
 
 def test_each_artifact_proves_itself(shipped: tuple[Done, Site]) -> None:
