@@ -24,7 +24,9 @@ from pipeline.plan import PlannedStep
 from pipeline.run.toolchain import interpreter
 from pipeline.step import Stage
 
-WORKER = ("-m", "pipeline.run.worker")
+WORKER = ("-P", "-m", "pipeline.run.worker")
+"""-P: what lies in the working directory, `pipeline/` or `numpy.py`, is the user's and none of the worker's modules."""
+ROOT = str(Path(pipeline.__file__).parents[1])
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes of one unit of ru_maxrss."""
 Cost = dict[str, Any]
@@ -74,7 +76,8 @@ class Children:
                 "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
                 "peak_rss_bytes": usage.ru_maxrss * RSS_UNIT,
             }
-        again = f"repeat it with: {shlex.join([*command, str(kept)])}\nlog: {log}{_limited()}"
+        found = "" if step.stage.toolchain == "default" else f"PYTHONPATH={shlex.quote(ROOT)} "
+        again = f"repeat it with: {found}{shlex.join([*command, str(kept)])}\nlog: {log}{_limited()}"
         if error is None:
             raise StageError(f"{step.label}: {_death(child.returncode, usage.ru_maxrss * RSS_UNIT)}", hint=again)
         kind = BY_EXIT_CODE.get(int(error["exit_code"]), StageError)
@@ -110,9 +113,7 @@ class Children:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "DO_NOT_TRACK": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(pipeline.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         if step.needs:  # only a step that rests on nothing may use the network
             environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -100,6 +100,17 @@ def test_a_long_name_is_refused_before_the_work(copies: Site, tmp_path: Path) ->
     assert not site.out.exists()
 
 
+def test_modules_in_the_working_directory_are_not_ours(copies: Site, tmp_path: Path) -> None:
+    """`pipeline/` is what many call a folder of their own."""
+    site = Site.write(tmp_path / "site", COPIES)
+    for name in ("pipeline/__init__", "json", "numpy", "click", "tokenizers", "sitecustomize"):
+        place = site.root / f"{name}.py"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("raise SystemExit('a module of the user was imported')\n")
+    assert site.made() == copies.ids()
+    assert command("enginewright", "verify", site.out / "small" / "one", cwd=site.root).code == 0
+
+
 def test_a_recipe_of_another_folder(ready: Site, tmp_path: Path) -> None:
     """Paths are relative to the recipe, not to where the command runs; the artifacts go where it runs."""
     done = command("build", ready.root / "recipe.yaml", "--cache", ready.cache, cwd=tmp_path)

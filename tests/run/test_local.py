@@ -20,6 +20,7 @@ from pipeline.plan import Plan, plan
 from pipeline.run.local import Event, Runner
 from pipeline.step import Step
 from pipeline.store import Store
+from tests.conftest import ROOT
 from tests.fakes import WRITE, Write
 
 
@@ -88,7 +89,11 @@ def test_a_failure_keeps_its_kind_and_names_the_command_that_repeats_it(
     assert not list((tmp_path / "scratch").iterdir())
     command = next(line for line in caught.value.hint.splitlines() if line.startswith("repeat it with: "))
     again = subprocess.run(
-        shlex.split(command.removeprefix("repeat it with: ")), capture_output=True, text=True, check=False
+        shlex.split(command.removeprefix("repeat it with: ")),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # where the stage of this test is
     )
     assert again.returncode == (-9 if fail == "kill" else -11 if fail == "segv" else error.exit_code)
     if fail == "bug":
