@@ -373,7 +373,7 @@ def page(
         "",
         f"{OURS} beside [Olive](https://github.com/microsoft/Olive), "
         "[Optimum](https://github.com/huggingface/optimum-onnx) and the model builder of "
-        "[ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai), in one run on one machine.",
+        "[ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai), the tools of each job in one run on one machine.",
         "",
         f"Machine: {machine['processors']} processors, {machine['arch']} ({', '.join(machine['isa'])}), "
         f"{machine['memory_gb']} GB, {machine['os']}, Python {machine['python']}, no GPU.{shared}",
