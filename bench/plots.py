@@ -49,7 +49,8 @@ def builds(jobs: Mapping[str, Any], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("CPU seconds of a cold build")
     handles = [axis.barh(0, 0, color=colour) for colour in (*COLOURS.values(), PROOF)]
-    axis.legend(handles, [*COLOURS, f"{OURS}: reference and parity"], frameon=False, fontsize=8)
+    names = [*COLOURS, f"{OURS}: reference and parity"]
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
