@@ -222,9 +222,10 @@ def decode_section(decode: Figures) -> str:
     parts = [
         "## Decoding",
         "",
-        "On a machine that others use, CPU time a token says more than tokens/s; torch suffers most, as its threads wait "
-        f"for each other. {OURS}'s int4 keeps head and embeddings in 8 bits by default and has a zero point for each "
-        "group; GenAI's builder has 4 bits and none. So more weights are read for a token, and the divergence is smaller.",
+        "On a machine that others use, CPU time a token says more than tokens/s; torch suffers most, as its threads "
+        f"wait for each other. {OURS}'s int4 keeps head and embeddings in 8 bits by default and has a zero point for "
+        "each group; GenAI's builder has 4 bits and none. So more weights are read for a token, and the divergence is "
+        "smaller.",
         "",
     ]
     for model, figures in decode["models"].items():
