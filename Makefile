@@ -22,6 +22,10 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/builds.py
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/quality_encoder.py
+	$(BIN)/python bench/page.py
 
 # torch is asked for first, alone and by its exact version: any other way may pull gigabytes of CUDA.
 $(READY): pyproject.toml
