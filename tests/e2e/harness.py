@@ -295,11 +295,16 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> An
     return value
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 @contextlib.contextmanager
-def mounted(place: Path, size: str) -> Iterator[Path]:
+def mounted(place: Path, size_bytes: int) -> Iterator[Path]:
     """A small file system of its own at `place`; the test is skipped where mounting is not allowed."""
     place.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(place)]
     if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root with CAP_SYS_ADMIN")
     try:
