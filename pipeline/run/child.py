@@ -110,6 +110,7 @@ class Children:
             **os.environ,
             "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads burn the time of working ones on a busy machine
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "DO_NOT_TRACK": "1",
