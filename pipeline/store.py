@@ -45,7 +45,10 @@ def default_root() -> Path:
     """`$ENGINEWRIGHT_CACHE`, else `$XDG_CACHE_HOME/enginewright`, else `~/.cache/enginewright`."""
     if root := os.environ.get("ENGINEWRIGHT_CACHE"):
         return Path(root).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "enginewright"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "enginewright"
+    except RuntimeError:  # a container with a bare user number
+        raise UnavailableError("this user has no home directory", hint="set ENGINEWRIGHT_CACHE to a folder") from None
 
 
 def _stat(path: Path) -> list[int]:

@@ -28,7 +28,7 @@ def check_clean(manifest: Any, *, home: Path | None = None, user: str | None = N
     `home` and `user` are this process's own by default. A user name counts only as part of a path or an address
     (`alice/models`, `alice@host`): alone it may be an honest word.
     """
-    home_text = str(home or Path.home())
+    home_text = str(home or _home() or "")
     in_home = re.compile(rf"{re.escape(home_text)}(/|\b)") if len(home_text) > 1 else None
     user = _login() if user is None else user
     who = re.compile(rf"(^|[/\\~\s]){re.escape(user)}[/\\@]|[/\\~]{re.escape(user)}$") if user else None
@@ -50,6 +50,14 @@ def check_clean(manifest: Any, *, home: Path | None = None, user: str | None = N
             + "".join(f"\n  {problem}" for problem in problems),
             hint="give paths relative to the recipe; anything else here is a fault of the target: report it",
         )
+
+
+def _home() -> Path | None:
+    """This process's home directory; None where the user has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def _login() -> str:

@@ -5,8 +5,10 @@ Whatever happened, what is published is whole at every moment, and the next run 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.e2e.harness import COPIES, Running, Site, command, environment, refused, wait_for
+from tests.e2e.harness import BIN, COPIES, Running, Site, command, environment, refused, wait_for
 
 CHEAP = ("onnx.fused", "onnxruntime.weights", "onnxruntime.parity", "golden")
 """Stages that take less than a second each: all but the reference in torch."""
@@ -188,6 +190,28 @@ def test_ctrl_c_keeps_what_is_finished(ready: Site, tmp_path: Path) -> None:
     assert not site.leftovers()
     assert not site.out.exists()
     assert site.made() == ready.ids()
+
+
+def test_ctrl_c_on_a_terminal(ready: Site, tmp_path: Path) -> None:
+    """The key itself, with the live table of steps."""
+    site = ready.elsewhere(tmp_path / "site", "reference")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(site.root)
+        os.execve(BIN / "build", site.argv(), {**environment(), "COLUMNS": "50", "TERM": "xterm"})
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with its process
+        while True:
+            shown += os.read(terminal, 1 << 16)
+            if b"reference" in shown and not shown.count(b"^C"):
+                os.write(terminal, b"\x03")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    text = shown.decode("utf-8", "replace")
+    assert "interrupted: finished steps are kept" in text
+    assert "Traceback" not in text
+    assert text.count("\x1b[?25h") == text.count("\x1b[?25l")  # the cursor is back
+    assert not site.leftovers()
 
 
 def test_termination_is_survived(ready: Site, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import COPIES, Site, command, obeying_modes, refused
+from tests.e2e.harness import COPIES, Site, command, customized, obeying_modes, refused
 
 VERBS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "misspelt": (("buld",), 64, ("Did you mean 'build'?",)),
@@ -109,6 +109,17 @@ def test_modules_in_the_working_directory_are_not_ours(copies: Site, tmp_path: P
         place.write_text("raise SystemExit('a module of the user was imported')\n")
     assert site.made() == copies.ids()
     assert command("enginewright", "verify", site.out / "small" / "one", cwd=site.root).code == 0
+
+
+def test_a_user_without_a_name_or_a_home(copies: Site, tmp_path: Path) -> None:
+    """A container with a bare user number."""
+    nobody = "import pwd\n\ndef nobody(number):\n    raise KeyError(number)\n\npwd.getpwuid = nobody\n"
+    env = customized(tmp_path / "custom", nobody)
+    prefix = ("env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME")
+    site = Site.write(tmp_path / "site", COPIES)
+    assert site.made(env=env, prefix=prefix) == copies.ids()
+    done = command("build", "recipe.yaml", cwd=site.root, env=env, prefix=prefix)
+    refused(done, 5, "no home directory", "ENGINEWRIGHT_CACHE")
 
 
 def test_a_recipe_of_another_folder(ready: Site, tmp_path: Path) -> None:
