@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,12 @@ def generator() -> dict[str, object]:
     return runpy.run_path(str(DOCS / "generate.py"))
 
 
-@pytest.mark.parametrize(("page", "write"), [("recipe.md", "recipe_page"), ("cli.md", "cli_page")])
-def test_pages_are_up_to_date(page: str, write: str, generator: dict[str, object]) -> None:
-    now = generator[write]()  # type: ignore[operator]
-    assert (DOCS / page).read_text(encoding="utf-8") == now, "run `python docs/generate.py`"
+def test_pages_are_up_to_date() -> None:
+    """In a process of its own: click keeps a command's help option as the first caller had it."""
+    done = subprocess.run(
+        [sys.executable, DOCS / "generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_check_names_a_page_that_is_out_of_date(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,14 +124,22 @@ def test_the_prompt_comes_from_stdin(artifact: Path, judge: Any) -> None:
 
 def test_ctrl_c_ends_it_with_what_there_is(artifact: Path) -> None:
     arguments = command(artifact, "-p", PROMPT, "-n", 1000, "--ignore-eos", "--format", "text", "--temperature", "1")
-    # One thread and a context of 1000 tokens: seconds, of which the first output is waited for.
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    first = process.stdout.read(1)
+    # A pipe with room for a few words: whoever is faster, the text cannot be finished before the signal is there.
+    read, write = os.pipe()
+    room = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096) - 64
+    os.write(write, b"." * room)
+    process = subprocess.Popen(arguments, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    deadline = time.monotonic() + 60
+    while struct.unpack("i", fcntl.ioctl(read, termios.FIONREAD, b"0000"))[0] <= room:
+        assert time.monotonic() < deadline and process.poll() is None, "it never began to write"
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    with os.fdopen(read, "rb") as stream:
+        text = stream.read()[room:]
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (first + rest).decode().endswith("\n")
+    assert text.decode().endswith("\n")
     assert b"Traceback" not in errors
 
 
