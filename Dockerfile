@@ -8,9 +8,10 @@ COPY pyproject.toml README.md LICENSE ./
 COPY ci/constraints.txt ci/constraints.txt
 COPY pipeline pipeline
 RUN python -m venv /opt/enginewright
-# The CPU build of torch: nothing here uses CUDA, and the CUDA build is several gigabytes.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN /opt/enginewright/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0
+# Nothing here uses CUDA, and torch with CUDA is several gigabytes: give the address of PyTorch's index of CPU wheels by
+# `--build-arg TORCH_INDEX=...`. Without it the configured index answers.
+ARG TORCH_INDEX=
+RUN /opt/enginewright/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 RUN /opt/enginewright/bin/pip install --no-cache-dir --constraint ci/constraints.txt '.[onnxruntime]'
 
 FROM python:3.11-slim-bookworm
