@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,9 @@ from pipeline.digest import StatCache
 from pipeline.errors import NetworkError, RecipeError, UnavailableError
 from pipeline.recipe import Recipe
 from pipeline.source import (
+    HUB,
     LFS_HINT,
+    PACKAGE,
     TEXT,
     Source,
     SourceFile,
@@ -28,9 +29,6 @@ from pipeline.source import (
 )
 from pipeline.stages import fetch
 from pipeline.step import Progress, Step, silent
-
-HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-PACKAGE = re.compile(r"package://(?P<package>[A-Za-z_]\w*)(?:/(?P<folder>[\w./-]+))?")
 
 
 @dataclass(frozen=True)

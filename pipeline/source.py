@@ -16,6 +16,11 @@ from pipeline.recipe import option
 Read = Callable[[str], bytes]
 """The name of a small file of the folder -> its bytes."""
 
+HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+"""How a recipe names a model on the hub."""
+PACKAGE = re.compile(r"package://(?P<package>[A-Za-z_]\w*)(?:/(?P<folder>[\w./-]+))?")
+"""How a recipe names a model that an installed Python package carries."""
+
 KEPT = {".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja", ".vocab", ".bpe", ".codes"}
 """Suffixes of configurations, tokenizers and templates."""
 LICENCES = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)

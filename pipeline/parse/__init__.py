@@ -14,10 +14,9 @@ from pipeline.parse.problems import Place, Source, UnreadableError, did_you_mean
 from pipeline.parse.typed import INVALID, Reader, is_file, is_folder, near, resolve_in
 from pipeline.plain import from_plain
 from pipeline.recipe import Recipe, TargetOptions
+from pipeline.source import HUB, PACKAGE
 
 TARGET_NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
-HUB = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?")
-PACKAGE = re.compile(r"package://[A-Za-z_]\w*(/[\w./-]+)?")
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
 OptionsOf = Callable[[str], type | None]
