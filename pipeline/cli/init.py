@@ -86,7 +86,7 @@ def init(
 @contextmanager
 def _opened(model: str) -> Iterator[Path]:
     """A folder that holds the model's config.json, and modules.json if the model has one."""
-    from pipeline.pin import HUB, PACKAGE
+    from pipeline.source import HUB, PACKAGE
 
     if match := PACKAGE.fullmatch(model):
         spec = importlib.util.find_spec(match["package"])
