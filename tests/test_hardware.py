@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,7 @@ def test_probing_costs_little_and_imports_nothing_heavy() -> None:
         "assert time.process_time() - t < 0.1; assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    before = time.perf_counter()
-    hardware.probe()
-    assert time.perf_counter() - before < 0.001
+    assert hardware.probe() is hardware.probe()  # asked once a process
 
 
 @pytest.mark.parametrize("name", hardware.names())

@@ -69,10 +69,12 @@ def test_the_second_build_does_nothing_and_is_quick(shipped: tuple[Done, Site]) 
     before = site.ids()
     argv = ["build", "recipes/tiny-llama.yaml", *site.argv()[2:]]
     runs = [command(*argv) for _ in range(4)]
+    helps = [command("build", "--help") for _ in range(4)]
     assert all(run.code == 0 for run in runs)
     assert all(run.out.count("(unchanged)") == 3 for run in runs)
     assert "started" not in runs[0].err
-    assert min(run.cpu_s for run in runs) < 0.4
+    # A ratio, as the seconds depend on what else the machine does: bench/builds.py has those (0.2 against 0.14).
+    assert min(run.cpu_s for run in runs) < 3 * min(run.cpu_s for run in helps)
     assert site.ids() == before
 
 
