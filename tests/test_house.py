@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from pipeline import targets
 from pipeline.cli.main import VERBS, cli
-from pipeline.plain import options_of
+from pipeline.plain import Option, members, options_of
 from pipeline.recipe import Recipe, TargetOptions
 from pipeline.step import Stage
 from tests.conftest import ROOT
@@ -144,22 +145,34 @@ def test_every_command_and_option_is_documented() -> None:
                 assert parameter.opts[0] in text, f"docs/cli.md lacks {parameter.opts[0]} of {name}"
 
 
-def recipe_fields(cls: type) -> Iterator[tuple[str, object]]:
+def recipe_fields(cls: type) -> Iterator[tuple[str, Option]]:
+    """Every field of a section and of the sections in it: where it is declared, and the field."""
     for field in options_of(cls):
-        yield field.name, field
-        for inner in re.findall(r"[A-Za-z_]+", str(field.type)):
-            found = getattr(importlib.import_module(cls.__module__), inner, None)
-            if isinstance(found, type) and hasattr(found, "__dataclass_fields__") and found is not cls:
-                yield from recipe_fields(found)
+        yield f"{cls.__name__}.{field.name}", field
+        for inner in members(field.type):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                yield from recipe_fields(inner)
+
+
+def all_fields() -> list[tuple[str, Option]]:
+    classes = [Recipe, TargetOptions, *(targets.load(name).Options for name in targets.names())]
+    return [found for cls in classes for found in recipe_fields(cls)]
 
 
 def test_every_recipe_field_is_documented() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text("utf-8")
-    classes = [Recipe, TargetOptions, *(targets.load(name).Options for name in targets.names())]
-    for cls in classes:
-        for field in options_of(cls):
-            assert field.metadata.get("doc"), f"{cls.__name__}.{field.name} has no doc"
-            assert f"`{field.name}`" in text, f"docs/recipe.md lacks {cls.__name__}.{field.name}"
+    for where, field in all_fields():
+        assert field.metadata.get("doc"), f"{where} has no doc"
+        assert f"`{field.name}`" in text, f"docs/recipe.md lacks {where}"
+
+
+def test_every_example_is_yaml() -> None:
+    """`init` writes examples as comments, and people take the `#` away."""
+    for where, field in all_fields():
+        try:
+            yaml.safe_load(f"{field.name}: {field.metadata.get('example', '')}")
+        except yaml.YAMLError as error:
+            raise AssertionError(f"{where}: {error}") from error
 
 
 def test_every_target_is_in_the_readme() -> None:

@@ -51,7 +51,7 @@ class Int8:
     )
     embeddings: bool = option(True, "int8: embedding tables, too, with a scale for every row.")
     exclude: tuple[str, ...] = option(
-        tuple, "int8: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*layer.0.output*]"
+        tuple, "int8: products to leave in fp32, by name; `*` and `?` as in file names.", example='["*layer.0.output*"]'
     )
 
 

@@ -56,7 +56,9 @@ class Nbits:
         "head's type shares the head's bytes.",
     )
     exclude: tuple[str, ...] = option(
-        tuple, "int8, int4: products to leave in fp32, by name; `*` and `?` as in file names.", example="[*.down_proj]"
+        tuple,
+        "int8, int4: products to leave in fp32, by name; `*` and `?` as in file names.",
+        example='["*.down_proj"]',
     )
     activations: Literal["fp32", "fp16"] = option(
         "fp32",
