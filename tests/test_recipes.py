@@ -54,3 +54,17 @@ def test_targets_share_every_step_but_their_own(recipe: Path, tmp_path: Path) ->
     stages = [step.stage.name for step in plan.steps]
     assert stages.count("reference") == 1
     assert sum(name in ("onnx.fused", "onnx.torch") for name in stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "reduced"), [("x86-64-v3", True), ("x86-64-v4", True), ("x86-64-v4-vnni", False), ("arm64", False)]
+)
+def test_int8_weights_have_7_bits_where_sums_saturate(machine: str, reduced: bool, tmp_path: Path) -> None:
+    recipe, field = ROOT / "recipes" / "minilm.yaml", "targets.cpu-int8"
+    found = [
+        step.options.reduce_range
+        for overrides in ([], [f"{field}.int8.reduce_range=false"])
+        for step in prepare(recipe, Store(tmp_path), overrides=[f"{field}.hardware={machine}", *overrides]).plan.steps
+        if step.stage.name == "onnxruntime.encoder" and step.label.startswith("cpu-int8")
+    ]
+    assert found == [reduced, False]

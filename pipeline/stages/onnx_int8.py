@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.hardware import Hardware
 from pipeline.recipe import option
 from pipeline.step import Inputs, Progress, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,10 @@ class Int8:
     activations: Literal["uint8", "int8"] = option(
         "uint8", "static: type of the activations: with a zero point, or symmetric (for TensorRT)."
     )
-    reduce_range: bool = option(
-        False, "int8: weights of 7 bits, for CPUs before AVX512-VNNI, whose 16-bit sums saturate otherwise."
+    reduce_range: bool | None = option(
+        None,
+        "int8: weights of 7 bits. x86 CPUs without VNNI add products in 16 bits, which saturate with 8. `null`: if "
+        "the CPU of the target's `hardware` is such a one.",
     )
     embeddings: bool = option(True, "int8: embedding tables, too, with a scale for every row.")
     exclude: tuple[str, ...] = option(
@@ -62,6 +67,11 @@ class Int8Options(Int8):
     precision: Literal["fp32", "fp16", "int8"] = option("int8", "Type of weights and activations of matrix products.")
     samples: int = option(128, "How many calibration samples are taken.", ge=1)
     length: int = option(128, "Where a calibration sample is cut.", unit="tokens", ge=2)
+
+
+def saturates(hardware: Hardware) -> bool:
+    """Whether the CPU adds products of 8 bits in 16, as x86 does without VNNI."""
+    return hardware.arch == "x86_64" and not _VNNI & set(hardware.isa)
 
 
 def run(inputs: Inputs, options: Int8Options, out: Path, progress: Progress) -> None:

@@ -62,7 +62,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     An engine for CUDA is judged here only if this machine has such a device: elsewhere its parity is deferred.
     """
     common = (fetch_model(job), *reference_steps(job), _export(job, options))
-    engine = _engine(job, options)
+    engine = _engine(job, options, hardware)
     gpu = options.provider == "cuda"
     if gpu and not any(device.kind == "cuda" for device in probe().devices):
         return (*common, *engine, golden_step(job))
@@ -75,7 +75,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     return (*common, *unquantized, *engine, parity_step(stage, OPENER, settings), golden_step(job))
 
 
-def _engine(job: Job, options: Options) -> tuple[Step, ...]:
+def _engine(job: Job, options: Options, hardware: Hardware) -> tuple[Step, ...]:
     """The step `engine`, and the one that fetches the calibration data if it needs them."""
     scheme = options.scheme
     if scheme == "auto":
@@ -85,6 +85,8 @@ def _engine(job: Job, options: Options) -> tuple[Step, ...]:
     if options.precision != "int8":
         raise RecipeError(f"scheme: activations is for int8, not {options.precision}", hint="leave `scheme` out")
     told = onnx_int8.Int8Options(**vars(options.int8))
+    if told.reduce_range is None:
+        told = replace(told, reduce_range=onnx_int8.saturates(hardware))
     needs = {"export": "export", "model": "model"}
     if options.int8.mode == "dynamic":
         return (Step("engine", onnx_int8.STAGE, told, needs),)

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from pipeline import hardware
 from pipeline.errors import RecipeError
 from pipeline.stages import onnx_int8, onnx_patterns, onnx_torch
 from pipeline.stages.onnx_int8_observe import _best_cut
@@ -48,7 +49,8 @@ def exported(root: Path) -> Path:
 def build(root: Path, out: Path, calibrated: bool = False, **options: Any) -> dict[str, Any]:
     out.mkdir()
     inputs = {role: root / role for role in ("model", "export", *(["calibration"] if calibrated else []))}
-    told = onnx_int8.Int8Options(samples=len(SENTENCES), **options)
+    reduced = {"reduce_range": onnx_int8.saturates(hardware.probe())}  # as the target has it for this machine
+    told = onnx_int8.Int8Options(samples=len(SENTENCES), **{**reduced, **options})
     onnx_int8.STAGE.run(inputs, told, out, silent)
     engine: dict[str, Any] = json.loads((out / "engine.json").read_text())
     for component in engine["components"].values():
@@ -119,8 +121,11 @@ def test_the_folder_is_complete_and_small(
     assert cosine(embeddings(tmp_path / "engine"), embeddings(sentence_model / "export")) > 0.99
 
 
-def test_weights_are_rounded_to_the_nearest_of_their_channel(sentence_model: Path, tmp_path: Path) -> None:
-    build(sentence_model, tmp_path / "engine")
+@pytest.mark.parametrize(("reduced", "top"), [(False, 127), (True, 63)])
+def test_weights_are_rounded_to_the_nearest_of_their_channel(
+    sentence_model: Path, tmp_path: Path, reduced: bool, top: int
+) -> None:
+    build(sentence_model, tmp_path / "engine", reduce_range=reduced)
     before = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(sentence_model / "export/model.onnx").graph.initializer
     }
@@ -129,7 +134,7 @@ def test_weights_are_rounded_to_the_nearest_of_their_channel(sentence_model: Pat
     for name, weight_KN in before.items():
         quantized = after.get(f"{name.removesuffix('.weight')}.int8")
         if quantized is not None:
-            scale_N = np.abs(weight_KN).max(0) / 127
+            scale_N = np.abs(weight_KN).max(0) / top
             assert np.abs(quantized * scale_N - weight_KN).max() <= scale_N.max() / 2 * 1.001
             checked += 1
     assert checked == 12
