@@ -44,6 +44,7 @@ def manifest_facts(
     engine = json.loads((results[keys["engine"]].out / "engine.json").read_bytes())
     said = load(options.runtime).facts(engine, options, hardware)
     steps = list(plan.chain(keys["engine"]))
+    own = {key: step for step, key in keys.items()}  # another target may call a shared step something else
     resolved = _recipe(job, name)
     sources = tuple(_source(role, source, job) for role, source in _sources(job))
     build_key = sha256_of({"recipe": freeze(resolved), "engine": keys["engine"], "golden": keys.get("golden", "")})
@@ -56,7 +57,7 @@ def manifest_facts(
         description=recipe.package.description,
         recipe=freeze(resolved),
         sources=sources,
-        stages=tuple(_stage(step, steps, results[step.key]) for step in steps),
+        stages=tuple(_stage(step, own, results[step.key]) for step in steps),
         target=Target(name=name, os=hardware.os, arch=hardware.arch, isa=said.isa, device=Device(kind=said.device)),
         runtime=Runtime(
             engine=options.runtime,
@@ -88,10 +89,9 @@ def _tensors(tensors: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in tensors)
 
 
-def _stage(step: PlannedStep, steps: list[PlannedStep], entry: Entry) -> StageRecord:
-    names = {other.key: other.name for other in steps}
+def _stage(step: PlannedStep, names: Mapping[str, str], entry: Entry) -> StageRecord:
     return StageRecord(
-        id=step.name,
+        id=names[step.key],
         stage=step.stage.name,
         version=step.stage.version,
         key=step.key,
