@@ -10,23 +10,19 @@ Legend: B batch, S new tokens, T past and new tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.errors import StageError
 from pipeline.stages.checkpoint import Checkpoint
-from pipeline.stages.onnx_families import Decoder, Rope, Unknown
+from pipeline.stages.decoder_left import refuse_left_over
+from pipeline.stages.onnx_families import Decoder, Rope
 from pipeline.stages.onnx_graph import MICROSOFT, Graph
 from pipeline.stages.onnx_rope import rope_tables
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TABLES = ("cos_cache", "sin_cache")
 """Beginnings of the names of computed tables, which are no weights."""
 _INT64_MAX = 2**63 - 1
-_UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-"""Endings of tensors that old checkpoints carry and nobody reads."""
 
 
 def build_decoder(decoder: Decoder, checkpoint: Checkpoint, positions: int) -> Graph:
@@ -75,7 +71,7 @@ class _Builder:
             cap = g.constant(d.logit_softcap, "float32")
             small = g.node("Tanh", [g.node("Div", [logits, cap], "logits.scaled")], "logits.tanh")
             g.node("Mul", [small, cap], "logits.capped", outputs=["logits"])
-        self._refuse_left_over()
+        refuse_left_over(self.checkpoint, self.used, d)
         return g
 
     def _padding(self) -> None:
@@ -224,16 +220,3 @@ class _Builder:
         self.used.add(name)
         because = ", ".join(f"{key} is {value}" for key, value in shape.items())
         return self.g.weight(self.checkpoint.take(name, tuple(shape.values()), because))
-
-    def _refuse_left_over(self) -> None:
-        left = [name for name in self.checkpoint if name not in self.used and not name.endswith(_UNUSED)]
-        for name in left:
-            if (layer := _LAYER.match(name)) and int(layer[1]) >= self.d.layers:
-                raise StageError(
-                    f"config.json says num_hidden_layers is {self.d.layers}, but the checkpoint has tensor '{name}'",
-                    hint="config.json and the weights are not of the same model",
-                )
-            raise Unknown(
-                f"the fused exporter has no place for the tensor '{name}' of a {self.d.family} model",
-                hint="use the torch exporter for this model (exporter: torch)",
-            )

@@ -17,7 +17,7 @@ F32 = npt.NDArray[np.float32]
 
 def rope_tables(rope: Rope, positions: int) -> tuple[F32, F32]:
     """(cos_PR, sin_PR) in fp32 for positions 0 to `positions` - 1, the attention factor of YaRN included."""
-    inverse_R, factor = _inverse_frequencies(rope)
+    inverse_R, factor = inverse_frequencies(rope)
     # The angle is rounded to fp32 as torch does; the functions themselves are taken in fp64.
     angle_PR = np.outer(np.arange(positions, dtype=np.float32), inverse_R).astype(np.float64)
     cos_PR = np.cos(angle_PR).astype(np.float32) * np.float32(factor)
@@ -25,7 +25,8 @@ def rope_tables(rope: Rope, positions: int) -> tuple[F32, F32]:
     return cos_PR, sin_PR
 
 
-def _inverse_frequencies(rope: Rope) -> tuple[F32, float]:
+def inverse_frequencies(rope: Rope) -> tuple[F32, float]:
+    """(frequency of every pair of turning dimensions [R], what cosines and sines are multiplied with)."""
     given = dict(rope.scaling)
     exponent_R = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
     power_R = np.power(rope.theta, exponent_R.astype(np.float64)).astype(np.float32)
