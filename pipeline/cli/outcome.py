@@ -70,6 +70,9 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
     if "parity.unquantized" in keys:
         before = _json(results[keys["parity.unquantized"]].out / "report.json")
         _check_structure(name, before["metrics"], job, target)
+    if "parity.f32" in keys and gates.overall(verdicts) is not Outcome.FAILED:
+        plain = _json(results[keys["parity.f32"]].out / "report.json")
+        _check_weights(name, gates.evaluate(plain["metrics"], job.kind, precision, target.gates, job.task))
     outcome = gates.overall(verdicts)
     by = {o: tuple(v.metric for v in verdicts if v.outcome is o) for o in Outcome}
     words = {Outcome.PASSED: "passed", Outcome.FAILED: "failed"}
@@ -79,11 +82,20 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
         passed=by[Outcome.PASSED],
         failed=by[Outcome.FAILED],
         skipped=by[Outcome.OFF],
-        reason="" if "parity" in keys else "this machine cannot run the engine" if verdicts else "no parity step",
+        reason=_why_not(keys, verdicts),
         samples=int(report["samples"]),
         worst=report["worst"],
     )
     return Judged(name, precision, job.kind, engine.size_bytes, report["metrics"], report["worst"], verdicts, result)
+
+
+def _why_not(keys: Mapping[str, str], verdicts: tuple[Verdict, ...]) -> str:
+    """Why nothing was judged; empty where it was."""
+    if "parity" in keys:
+        return ""
+    if "parity.f32" in keys:
+        return "this machine cannot run the engine at its precision; in fp32 its weights pass"
+    return "this machine cannot run the engine" if verdicts else "no parity step"
 
 
 def _check_structure(name: str, metrics: Mapping[str, float], job: Job, target: TargetOptions) -> None:
@@ -96,6 +108,17 @@ def _check_structure(name: str, metrics: Mapping[str, float], job: Job, target: 
             + "\n".join(failed),
             hint="the export is at fault, or the model is numerically wild: try another `exporter`, "
             "or set `unquantized_gates` of the target",
+        )
+
+
+def _check_weights(name: str, verdicts: tuple[Verdict, ...]) -> None:
+    """The same engine executed in fp32: what its weights lost must not be mistaken for what the execution loses."""
+    if gates.overall(verdicts) is Outcome.FAILED:
+        failed = [gates.explain(v) for v in verdicts if v.outcome is Outcome.FAILED]
+        raise GateError(
+            f"{name}: the engine's weights fail its gates when they are executed in fp32; nothing was published:\n"
+            + "\n".join(failed),
+            hint="quantize less: a smaller group, int8 for more layers, or calibration; or set `gates` of the target",
         )
 
 

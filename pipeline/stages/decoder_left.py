@@ -1,4 +1,4 @@
-"""Refuse a checkpoint with tensors for which a decoder built by us has no place: a model without them would be wrong."""
+"""Refuse a checkpoint with tensors for which a decoder of ours has no place: a model without them would be wrong."""
 
 from __future__ import annotations
 

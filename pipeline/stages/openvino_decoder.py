@@ -199,7 +199,7 @@ class _Builder:
         return op.reshape(wide, self._ints([0, d.heads, -1, d.head_dim]), True)
 
     def _hidden_places(self, window: int) -> Any:
-        """[B, 1, S, T] float32: 0 where a new token sees, HIDDEN where it does not. `window` of 0 sees all before it."""
+        """[B, 1, S, T] float32: 0 where a new token sees, HIDDEN where not. A `window` of 0 sees all before it."""
         if window not in self.masks:
             op = self.op
             zero, one = self._ints(0), self._ints(1)

@@ -87,7 +87,7 @@ class Ghosts:
                 raise ValueError(f"constant '{each}': {place.written} of {place.size} bytes were written")
 
     def _lay_out(self, xml: Path, values: dict[str, bytes]) -> int:
-        """Give every constant of the .xml its place, in the order in which they stand there. Returns the .bin's size."""
+        """Give every constant of the .xml its place, in the order in which they stand there; the .bin's size."""
         tree = ElementTree.parse(xml)
         end = 0
         for layer in tree.iterfind("layers/layer[@type='Const']"):

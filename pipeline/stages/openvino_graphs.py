@@ -11,8 +11,8 @@ _THROUGH = ("Result", "Convert", "Multiply", "Divide", "Tanh", "Add")
 
 
 def last_logits_only(model: Any) -> bool:
-    """Make a decoder's `logits` [B, 1, V], of the last token alone: a prompt is then read without the product of all its
-    tokens with the vocabulary. False, and nothing changed, where that product is not found."""
+    """Make a decoder's `logits` [B, 1, V], of the last token alone: a prompt is then read without the product of all
+    its tokens with the vocabulary. False, and nothing changed, where that product is not found."""
     from openvino import opset15 as op
 
     node = model.output("logits").get_node()

@@ -68,9 +68,7 @@ def run(inputs: Inputs, options: PtqOptions, out: Path, progress: Progress) -> N
     try:
         if options.max_drop is None:
             dataset = nncf().Dataset(found)
-            model = nncf().quantize(
-                model, dataset, subset_size=len(found), advanced_parameters=advanced, **arguments
-            )
+            model = nncf().quantize(model, dataset, subset_size=len(found), advanced_parameters=advanced, **arguments)
         else:
             model = _controlled(model, found, options.max_drop, advanced, arguments)
     except (nncf().ValidationError, nncf().ParameterNotSupportedError) as error:

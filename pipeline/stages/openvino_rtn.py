@@ -44,11 +44,13 @@ def round_to_nearest(weight_NK: F32, bits: int, group: int, *, symmetric: bool) 
     scale = (high - low) / np.float32(top)
     scale = np.where(scale < _EPSILON, _EPSILON, scale)
     zero = np.clip(-np.rint(low / scale), 0, top)
-    levels = x_NBG / scale
-    levels += zero
-    np.rint(levels, out=levels)
-    np.clip(levels, 0, top, out=levels)
-    return Rounded(_packed(levels.astype(np.uint8), bits), scale.astype(np.float16), _packed(zero.astype(np.uint8), bits))
+    steps = x_NBG / scale
+    steps += zero
+    np.rint(steps, out=steps)
+    np.clip(steps, 0, top, out=steps)
+    return Rounded(
+        _packed(steps.astype(np.uint8), bits), scale.astype(np.float16), _packed(zero.astype(np.uint8), bits)
+    )
 
 
 def _packed(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

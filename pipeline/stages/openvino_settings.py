@@ -36,7 +36,7 @@ class Settings:
 
 
 PLAIN: Mapping[str, Any] = {"execution": "f32", "kv_cache": "f32", "dynamic_quantization": 0}
-"""Settings under which an engine computes in fp32 what its weights say: to tell faults of a conversion from precision."""
+"""Settings with which an engine computes in fp32 what its weights say: tells faults of conversion from precision."""
 
 
 def computes_in(isa: tuple[str, ...], execution: str) -> bool:
@@ -46,7 +46,7 @@ def computes_in(isa: tuple[str, ...], execution: str) -> bool:
 
 def properties(settings: Settings, *, decoder: bool) -> dict[str, str]:
     """Settings as OpenVINO's properties, for compile_model and import_model."""
-    found = {"INFERENCE_PRECISION_HINT": settings.execution}
+    found: dict[str, str] = {"INFERENCE_PRECISION_HINT": settings.execution}
     if settings.device == "CPU":
         found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(settings.dynamic_quantization)
         if settings.threads:

@@ -93,7 +93,9 @@ def run(inputs: Inputs, options: DecoderOptions, out: Path, progress: Progress) 
         quantization = {
             "method": "rtn",
             "format": "nncf",
-            **{name: value for name, value in asdict(options.compression).items() if name in _STATED[options.precision]},
+            **{
+                name: value for name, value in asdict(options.compression).items() if name in _STATED[options.precision]
+            },
             "weights": placer.counts(),
         }
     export = _export(decoder, inputs["model"], options.context_length)

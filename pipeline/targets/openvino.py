@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict, probe
-from pipeline.plain import to_plain
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.stages import (
     measure,
@@ -44,8 +43,8 @@ class Options(TargetOptions):
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = option("fp32", "Type of the weights.")
     execution: Literal["auto", "f32", "bf16", "f16"] = option(
         "auto",
-        "Type of what flows between products (INFERENCE_PRECISION_HINT). `auto`: f32 for fp32; for the rest bf16 (fp16: "
-        "f16) where the CPU computes in it, else f32. What was chosen stands in engine.json and in the manifest.",
+        "Type of what flows between products (INFERENCE_PRECISION_HINT). `auto`: f32 for fp32; for the rest bf16 (for "
+        "fp16: f16) where the CPU computes in it, else f32. engine.json and the manifest say what was chosen.",
     )
     kv_cache: Literal["auto", "f32", "f16", "bf16", "u8"] = option(
         "auto", "Type of a decoder's cache. `auto`: f32 for fp32, 16 bits for fp16 and bf16, u8 for int8 and int4."
@@ -85,8 +84,8 @@ PARITY = Stage("openvino.parity", measure_engine, tools=("numpy", "openvino"), s
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
-    """fetch, reference, export, ir, engine, parity. What is not fp32 is held against the reference before that, too: the
-    conversion alone (`unquantized`), and the engine's weights executed in f32 (`parity.f32`).
+    """fetch, reference, export, ir, engine, parity. What is not fp32 is held against the reference before that, too:
+    the conversion alone (`unquantized`), and the engine's weights executed in f32 (`parity.f32`).
 
     An engine for a machine that this one is not is neither compiled nor judged here: that is deferred.
     """
@@ -105,12 +104,9 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
         compiled = (Step("engine", openvino_compile.STAGE, told, {"ir": "ir"}),)
     judged: tuple[Step, ...] = ()
     plain = {"device": "CPU", "threads": settings.threads, **PLAIN}
-    if options.precision != "fp32":
-        judged += (*unquantized, parity_step(PARITY, OPENER, plain, engine="unquantized"))
-    elif unquantized:
-        judged += unquantized
-    here = {**to_plain(settings)}
-    executed = {key: here[key] for key in PLAIN}
+    if unquantized:
+        judged = (*unquantized, parity_step(PARITY, OPENER, plain, engine="unquantized"))
+    executed = {key: getattr(settings, key) for key in PLAIN}
     ends: tuple[Step, ...] = ()
     if executed != dict(PLAIN):
         ends += (replace(parity_step(PARITY, OPENER, plain), name="parity.f32"),)
@@ -157,7 +153,9 @@ def _made(
         return unquantized, (written(last, precision, settings, options.quantize),)
     if options.quantize.data_aware and precision != "int4":
         raise RecipeError("quantize: awq, scale_estimation, gptq and ratio are for int4", hint="leave them out")
-    told = openvino_compress.CompressOptions(precision=precision, compression=options.quantize, settings=settings)
+    told = openvino_compress.CompressOptions(
+        precision=cast(Any, precision), compression=options.quantize, settings=settings
+    )
     if not options.quantize.data_aware:
         return unquantized, (Step(last, openvino_compress.STAGE, told, needs),)
     fetched = _data(job, "quantize")
@@ -175,9 +173,7 @@ def _ptq(job: Job, options: Options, settings: Settings, last: str, needs: Mappi
         )
     data = job.recipe.calibration
     assert data is not None
-    told = openvino_ptq.PtqOptions(
-        **vars(options.ptq), settings=settings, samples=data.samples, length=data.length
-    )
+    told = openvino_ptq.PtqOptions(**vars(options.ptq), settings=settings, samples=data.samples, length=data.length)
     return Step(last, openvino_ptq.STAGE, told, {**needs, "calibration": "calibration"})
 
 
@@ -186,7 +182,11 @@ def _data(job: Job, what: str) -> tuple[Step, ...]:
         raise RecipeError(
             f"`{what}` as it is asked for measures the model on calibration data, and the recipe names none",
             hint="add a `calibration:` section with `path:`"
-            + (", or use `scheme: weights`" if what == "ptq" else ", or leave awq, scale_estimation, gptq and ratio out"),
+            + (
+                ", or use `scheme: weights`"
+                if what == "ptq"
+                else ", or leave awq, scale_estimation, gptq and ratio out"
+            ),
         )
     return fetch_data(job, "calibration")
 

@@ -88,7 +88,9 @@ def unfit(compiled: Mapping[str, Any], device: str, asked: Mapping[str, str], ve
         other = sorted(set(compiled["isa"]) ^ set(host.isa))
         return f"it was compiled for another CPU (they differ in {', '.join(other)})"
     if compiled["properties"] != asked:
-        differ = sorted(name for name in {*asked, *compiled["properties"]} if asked.get(name) != compiled["properties"].get(name))
+        differ = sorted(
+            name for name in {*asked, *compiled["properties"]} if asked.get(name) != compiled["properties"].get(name)
+        )
         return f"other settings are asked for ({', '.join(differ)})"
     return ""
 
@@ -100,9 +102,7 @@ def _import(ov: Any, folder: Path, engine: Mapping[str, Any], device: str, asked
     return ov.Core().import_model(blob, device, told)
 
 
-def _compile(
-    ov: Any, file: Path, device: str, asked: Mapping[str, str], change: Callable[[Any], bool] | None
-) -> Any:
+def _compile(ov: Any, file: Path, device: str, asked: Mapping[str, str], change: Callable[[Any], bool] | None) -> Any:
     for each in (file, file.with_suffix(".bin")):
         if not each.is_file():
             raise StageError(f"{each} is missing", hint="the artifact is incomplete: run `enginewright verify` on it")
