@@ -27,6 +27,35 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
 }
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-rope-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-rope-yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 6}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "attention_bias": True}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 24}),
+    "gemma3_text": ("Gemma3Text", {"head_dim": 32, "sliding_window": 6, "final_logit_softcapping": 20.0}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-partial": ("Phi3", {"sliding_window": 6, "partial_rotary_factor": 0.5, "hidden_size": 128}),
+}
+PADDINGS = {"none": ([0], [0]), "left": ([0, 5, 9], [0] * 3), "right": ([0] * 3, [0, 4, 11]), "both": ([3, 0], [2, 7])}
+
 
 def write_decoder(path: Path, kind: str, dtype: str = "float32", shard: str = "5GB", **over: Any) -> Path:
     """A model folder of the config class `kind`, every tensor random: norms about 1, biases not 0."""
