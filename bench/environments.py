@@ -1,6 +1,6 @@
-"""Make the peers' environments, each in a virtual environment of its own: `.bench/olive` and `.bench/optimum`.
+"""Make the peers' environments, each in a virtual environment of its own below `.bench`.
 
-    python bench/environments.py                    make both where they are missing
+    python bench/environments.py                    make those that are missing
     python bench/environments.py --only olive
 
 They do not install beside each other or beside Enginewright: optimum-onnx caps transformers, and Olive's model builder
@@ -23,6 +23,7 @@ TORCH = "torch==2.13.0"  # first, alone and exact: any other way may pull gigaby
 # - olive-ai imports requests without declaring it; pydantic 2.14 breaks its evaluators; onnxruntime-genai other than
 #   0.14 breaks its ModelBuilder pass; onnxruntime and tabulate are needed and undeclared.
 # - optimum-onnx caps transformers below 4.58.
+# - optimum-intel needs torchvision, which replaces torch by one for CUDA (6 GB).
 PACKAGES = {
     "olive": (
         "olive-ai==0.13.0",
@@ -35,16 +36,22 @@ PACKAGES = {
         "datasets",
     ),
     "optimum": ("optimum-onnx==0.1.0", "onnxruntime==1.31.1", "onnx", "onnxscript"),
+    "optimum-intel": ("optimum-intel[openvino]==2.2.0",),
 }
 SHOWN = (
     "olive-ai",
     "optimum",
     "optimum-onnx",
+    "optimum-intel",
     "torch",
     "transformers",
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
+    "openvino",
+    "openvino-genai",
+    "openvino-tokenizers",
+    "nncf",
 )
 """The distributions whose versions the page names."""
 

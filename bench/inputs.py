@@ -114,7 +114,14 @@ def model(home: Path, name: str) -> Path:
 
 
 def recipe(
-    home: Path, name: str, targets: dict[str, dict[str, object]], *, model_folder: Path, samples: int, length: int
+    home: Path,
+    name: str,
+    targets: dict[str, dict[str, object]],
+    *,
+    model_folder: Path,
+    samples: int,
+    length: int,
+    runtime: str = "onnxruntime",
 ) -> Path:
     """Write a recipe (JSON is YAML) over one model; held-out data are this repository's."""
     encoder = name.startswith(("tiny-bert", "minilm"))
@@ -129,7 +136,7 @@ def recipe(
             "prompt_count": 2,
             "new_tokens": 8,
         },
-        "targets": {key: {"runtime": "onnxruntime", **options} for key, options in targets.items()},
+        "targets": {key: {"runtime": runtime, **options} for key, options in targets.items()},
     }
     path = home / "inputs" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import environments
 import jobs
+import ov_page
 import plots
 from jobs import GENAI, OLIVE, OPTIMUM, OURS
+from tables import megabytes, ranged, table
 
 Figures = Mapping[str, Any]
 DOCS = environments.ROOT / "docs"
@@ -54,26 +56,6 @@ What is not comparable:
 * What "last step changed" changes: whether embedding tables are quantized ({OURS}), whether weights have a scale for
   each channel (Olive, Optimum). {OURS} has a scale for each channel by default, the others one for the whole weight.
 """
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
-    """A Markdown table; columns from `right` on are aligned to the right."""
-    rule = ["---"] * right + ["---:"] * (len(head) - right)
-    lines = [head, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def ranged(figures: Figures, name: str, digits: int = 1, scale: float = 1) -> str:
-    """`5.3 (5.1-5.6)`; the range only where there is one."""
-    low, high = (f"{value * scale:.{digits}f}" for value in figures[f"{name}_range"])
-    middle = f"{figures[name] * scale:.{digits}f}"
-    return middle if figures.get("runs", figures.get("rounds", 1)) == 1 or low == high else f"{middle} ({low}-{high})"
-
-
-def megabytes(size: float) -> str:
-    """Decimal megabytes, three figures."""
-    value = size / 1e6
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _exit(codes: Sequence[int]) -> str:
@@ -420,6 +402,8 @@ def main() -> int:
         raise SystemExit("there are no figures yet: run bench/builds.py")
     path: Path = DOCS / "benchmarks.md"
     path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
+    if openvino := _read("openvino.json"):
+        ov_page.write(openvino, path)
     plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
     if decode:
         plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")

@@ -1,0 +1,118 @@
+"""The section of docs/benchmarks.md on OpenVINO, from the figures of bench/ov.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT
+from tables import megabytes, ranged, table
+
+BEGIN, END = "<!-- openvino: begin -->", "<!-- openvino: end -->"
+METRICS = ("kld_mean", "top1", "perplexity_ratio")
+
+
+def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
+    """Replace the section in the page, or put it before its list of versions."""
+    text = file.read_text("utf-8")
+    section = f"{BEGIN}\n{sections(document)}\n{END}\n"
+    if BEGIN in text:
+        text = text[: text.index(BEGIN)] + section.rstrip() + text[text.index(END) + len(END) :]
+    else:
+        place = text.index("## Versions")
+        text = f"{text[:place]}{section}\n{text[place:]}"
+    file.write_text(text, "utf-8")
+
+
+def sections(document: Mapping[str, Any]) -> str:
+    """All parts that were measured."""
+    told = document["machine"]
+    versions = "; ".join(
+        f"{tool}: {', '.join(f'{name} {version}' for name, version in found.items())}"
+        for tool, found in document["versions"].items()
+    )
+    lines = [
+        "## OpenVINO",
+        "",
+        f"Measured by `bench/ov.py` on {document['date']}, {told['processors']} processors of {told['arch']} "
+        f"({', '.join(told['isa'])}): this CPU executes in f32. {versions}.",
+        "",
+        "### int4 of decoders beside optimum-intel",
+        "",
+        "Both: group 128 with zero points, head and embeddings int8. **Build steps** convert the tokenizer, write the "
+        "IR and compile the blob; the **whole build** also runs the reference in torch, holds three engines against "
+        "it, and packages. Medians, with smallest and largest.",
+        "",
+    ]
+    rows = []
+    for model, figures in document["models"].items():
+        if "build" not in figures:
+            continue
+        found = figures["build"]
+        for name in ("build steps", "whole", "optimum-intel"):
+            tool = name if name == "optimum-intel" else f"Enginewright, {name}"
+            peer = found["optimum-intel"]
+            share = f"{found[name]['cpu_s'] / peer['cpu_s']:.2f} / {found[name]['peak_bytes'] / peer['peak_bytes']:.2f}"
+            size = found["size_bytes"]["optimum-intel" if name == "optimum-intel" else "Enginewright"]
+            peak = ranged(found[name], "peak_bytes", 0, 1e-6)
+            rows.append([model, tool, ranged(found[name], "cpu_s"), peak, share, megabytes(size)])
+    head = ["model", "tool", "CPU s", "peak MB", "CPU / peak of optimum-intel's", "IR MB"]
+    lines += [table(head, rows, right=2), "", "The same measures of both, by our Engine in f32, one reference:", ""]
+    rows = [
+        [model, side, *(f"{values[name]:.4g}" for name in METRICS)]
+        for model, figures in document["models"].items()
+        for side, values in figures.get("quality", {}).items()
+    ]
+    lines += [table(["model", "int4 by", *METRICS], rows, right=2), "", "### Decoding", ""]
+    lines += ["Batch 1, 128 tokens of prompt, 64 new ones, 2 threads; every engine in each round.", ""]
+    rows = [
+        [
+            model,
+            row["name"],
+            ranged(row, "tokens_per_s"),
+            ranged(row, "first_token_s", 0, 1e3),
+            megabytes(row["peak_bytes"]),
+        ]
+        for model, figures in document["models"].items()
+        for row in figures.get("decode", ())
+    ]
+    lines += [table(["model", "engine", "tokens/s", "first token, ms", "peak MB"], rows, right=2), ""]
+    lines += ["### Cold start", "", "From nothing to an open engine, and to its first answer; new processes.", ""]
+    starts = {model: figures["start"] for model, figures in document["models"].items() if "start" in figures}
+    if encoder := document.get("encoder"):
+        starts["minilm fp32"] = encoder["start"]
+    rows = [
+        [
+            model,
+            form,
+            f"{f['open_s']:.2f}",
+            f"{f['open_cpu_s']:.2f}",
+            f"{f['answer_s']:.2f}",
+            megabytes(f["peak_bytes"]),
+        ]
+        for model, forms in starts.items()
+        for form, f in forms.items()
+    ]
+    lines.append(table(["model", "from", "open, s", "open, CPU s", "first answer, s", "peak MB"], rows, right=2))
+    if encoder:
+        lines += [
+            "",
+            "### MiniLM",
+            "",
+            f"{encoder['samples']} held-out sentences in batches of 8; cosine and Spearman of the embeddings to the "
+            "reference in torch, fp32. int8: OpenVINO's by NNCF on calibration data, ONNX Runtime's dynamic.",
+            "",
+        ]
+        rows = [
+            [
+                row["name"],
+                ranged(row, "sentences_per_s"),
+                f"{row['cosine_mean']:.5f}",
+                f"{row['cosine_min']:.4f}",
+                f"{row['spearman']:.4f}",
+            ]
+            for row in encoder["rows"]
+        ]
+        lines.append(table(["engine", "sentences/s", "cosine mean", "cosine min", "Spearman"], rows))
+    return "\n".join(lines) + "\n"
