@@ -27,6 +27,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "pipeline"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "numpy", "huggingface_hub"}
+HEAVY |= {"openvino", "openvino_genai", "openvino_tokenizers", "nncf"}
 
 # Lower may not import higher. Modules of one row may import each other.
 FLOORS = [
@@ -119,7 +120,9 @@ def test_planning_imports_nothing_heavy() -> None:
         not run_and_list_modules(
             "from pipeline.cli.main import run\n"
             "assert run(['build', 'recipes/tiny-llama.yaml', '--plan']) == 0\n"
-            "assert run(['build', 'recipes/minilm.yaml', '--plan']) == 0"
+            "assert run(['build', 'recipes/minilm.yaml', '--plan']) == 0\n"
+            "assert run(['build', 'recipes/openvino.yaml', '--plan']) == 0\n"
+            "assert run(['build', 'recipes/openvino-minilm.yaml', '--plan']) == 0"
         )
         & HEAVY
     )

@@ -21,7 +21,17 @@ from pipeline.store import Store, open_store
 
 SHOWN = (
     *("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
-    *("onnxruntime-genai", "openvino", "tensorrt", "lmdeploy", "vllm", "optimum"),
+    *(
+        "onnxruntime-genai",
+        "openvino",
+        "openvino-genai",
+        "openvino-tokenizers",
+        "nncf",
+        "tensorrt",
+        "lmdeploy",
+        "vllm",
+        "optimum",
+    ),
 )
 """Distributions whose versions people ask for."""
 

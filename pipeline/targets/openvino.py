@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from pipeline import hardware as machines
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.hardware import Hardware, Verdict, probe
+from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.stages import (
     measure,
@@ -222,7 +223,7 @@ def _settings(job: Job, options: Options, hardware: Hardware) -> Settings:
 
 def _runs_here(settings: Settings, hardware: Hardware) -> bool:
     """Whether this machine is one that the engine is for: then it is compiled and judged here."""
-    host = probe()
+    host = machines.probe()
     if settings.device != "CPU":
         return False  # what Intel's accelerators need is not probed: their engines are proved by `verify --run` there
     same = hardware.name == "host" or (hardware.os, hardware.arch) == (host.os, host.arch)
