@@ -12,6 +12,7 @@ import numpy as np
 from pipeline import hardware
 from pipeline.engine import Array
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.stages.openvino_compile import import_properties
 from pipeline.stages.openvino_settings import Settings, properties
 
 R = TypeVar("R")
@@ -98,7 +99,7 @@ def unfit(compiled: Mapping[str, Any], device: str, asked: Mapping[str, str], ve
 def _import(ov: Any, folder: Path, engine: Mapping[str, Any], device: str, asked: Mapping[str, str]) -> Any:
     weights = (folder / engine["components"]["model"]).with_suffix(".bin")
     blob = (folder / engine["compiled"]["file"]).read_bytes()
-    told = {**asked, "CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(weights)}
+    told = import_properties(asked, engine["compiled"]["weights"], weights)
     return ov.Core().import_model(blob, device, told)
 
 
