@@ -65,13 +65,15 @@ def open_graph(
     ov = runtime()
     asked = properties(settings, decoder=engine["kind"] == "decoder")
     compiled = engine.get("compiled")
-    if compiled and compiled["answers"] == answers:
-        why = unfit(compiled, settings.device, asked, ov.__version__)
-        if not why:
-            try:
+    if compiled and compiled.get("answers", answers) == answers:
+        try:
+            why = unfit(compiled, settings.device, asked, ov.__version__)
+            if not why:
                 return Graph(_import(ov, folder, engine, settings.device, asked), "blob")
-            except (RuntimeError, OSError) as error:
-                why = f"OpenVINO does not load it: {_first_line(error)}"
+        except (RuntimeError, OSError) as error:
+            why = f"OpenVINO does not load it: {_first_line(error)}"
+        except KeyError as error:
+            why = f"engine.json does not say its {error}"
         LOG.warning("%s is not used: %s; %s is compiled instead", compiled["file"], why, engine["components"]["model"])
     return Graph(_compile(ov, folder / engine["components"]["model"], settings.device, asked, change), "ir")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,17 +197,30 @@ def test_a_broken_blob_gives_way_too(llama: Any, tmp_path: Path, caplog: pytest.
     assert engine.source == "ir" and "OpenVINO does not load it" in caplog.text
 
 
+COMPILE = """\
+import sys
+from pathlib import Path
+from pipeline.stages.openvino_compile import CompileOptions, run
+from pipeline.step import silent
+run({"ir": Path(sys.argv[1])}, CompileOptions(), Path(sys.argv[2]), silent)
+"""
+
+
 def test_the_blob_is_the_same_from_run_to_run_and_small(llama: Any, tmp_path: Path) -> None:
+    """Each in a process of its own, as steps are: OpenVINO numbers nodes by what the process did before."""
     _, folder = llama
     ir = refit(folder, tmp_path / "ir")
     (ir / "openvino_model.blob").unlink()
-    again = compiled(tmp_path, ir)
-    assert (again / "openvino_model.blob").read_bytes() == (folder / "openvino_model.blob").read_bytes()
-    assert (again / "engine.json").read_bytes() == (folder / "engine.json").read_bytes()
+    made = [tmp_path / "a", tmp_path / "b"]
+    for place in made:
+        place.mkdir()
+        subprocess.run([sys.executable, "-c", COMPILE, str(ir), str(place)], check=True, cwd=ROOT)
+    for name in ("openvino_model.blob", "engine.json"):
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
+    told = json.loads((made[0] / "engine.json").read_text("utf-8"))["compiled"]
     host = hardware.probe()
-    told = json.loads((folder / "engine.json").read_text("utf-8"))["compiled"]
     assert (told["openvino"], told["isa"], told["weights"]) == (ov.__version__, list(host.isa), "bin")
-    assert (folder / "openvino_model.blob").stat().st_size < (folder / "openvino_model.bin").stat().st_size / 3
+    assert (made[0] / "openvino_model.blob").stat().st_size < (ir / "openvino_model.bin").stat().st_size / 2
 
 
 def test_a_graph_whose_blob_needs_its_weights_gets_them(gpt2: Any) -> None:
