@@ -14,7 +14,7 @@ from pipeline import hardware as machines
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict
-from pipeline.recipe import TargetOptions, Task, option
+from pipeline.recipe import Data, TargetOptions, Task, option
 from pipeline.stages import (
     measure,
     onnx_torch,
@@ -149,7 +149,7 @@ def _made(
         scheme = "activations" if precision == "int8" and job.kind == "encoder" else "weights"
     needs = {**files, "ir": "unquantized"}
     if scheme == "activations":
-        return unquantized, (*_data(job, "ptq"), _ptq(job, options, settings, last, needs))
+        return unquantized, _ptq(job, options, settings, last, needs)
     if direct and not options.quantize.data_aware:
         return unquantized, (written(last, precision, settings, options.quantize),)
     if options.quantize.data_aware and precision != "int4":
@@ -159,26 +159,25 @@ def _made(
     )
     if not options.quantize.data_aware:
         return unquantized, (Step(last, openvino_compress.STAGE, told, needs),)
-    fetched = _data(job, "quantize")
-    assert job.recipe.calibration is not None
-    told = replace(told, samples=job.recipe.calibration.samples, length=job.recipe.calibration.length)
+    fetched, data = _data(job, "quantize")
+    told = replace(told, samples=data.samples, length=data.length)
     return unquantized, (*fetched, Step(last, openvino_compress.STAGE, told, {**needs, "calibration": "calibration"}))
 
 
-def _ptq(job: Job, options: Options, settings: Settings, last: str, needs: Mapping[str, str]) -> Step:
+def _ptq(job: Job, options: Options, settings: Settings, last: str, needs: Mapping[str, str]) -> tuple[Step, ...]:
     if options.precision != "int8" or job.kind != "encoder":
         raise RecipeError("scheme: activations is for encoders in int8", hint="leave `scheme` out, or say `weights`")
     if job.task in NO_TEXT:
         raise RecipeError(
             "scheme: activations measures ranges on text, and this model reads images", hint="use `scheme: weights`"
         )
-    data = job.recipe.calibration
-    assert data is not None
+    fetched, data = _data(job, "ptq")
     told = openvino_ptq.PtqOptions(**vars(options.ptq), settings=settings, samples=data.samples, length=data.length)
-    return Step(last, openvino_ptq.STAGE, told, {**needs, "calibration": "calibration"})
+    return (*fetched, Step(last, openvino_ptq.STAGE, told, {**needs, "calibration": "calibration"}))
 
 
-def _data(job: Job, what: str) -> tuple[Step, ...]:
+def _data(job: Job, what: str) -> tuple[tuple[Step, ...], Data]:
+    """The step that fetches the calibration data, and how much of them is used."""
     if job.recipe.calibration is None:
         raise RecipeError(
             f"`{what}` as it is asked for measures the model on calibration data, and the recipe names none",
@@ -189,7 +188,7 @@ def _data(job: Job, what: str) -> tuple[Step, ...]:
                 else ", or leave awq, scale_estimation, gptq and ratio out"
             ),
         )
-    return fetch_data(job, "calibration")
+    return fetch_data(job, "calibration"), job.recipe.calibration
 
 
 def _settings(job: Job, options: Options, hardware: Hardware) -> Settings:

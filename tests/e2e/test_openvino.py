@@ -59,7 +59,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_artifact_proves_itself_and_generates(artifact: Path) -> None:
     assert command("enginewright", "verify", "--run", artifact).code == 0
-    done = command("enginewright", "generate", artifact, "--prompt", "Return the", "-n", "8", "--format", "json")
+    done = command(
+        "enginewright", "generate", artifact, "--prompt", "Return the", "-n", "8", "--ignore-eos", "--format", "json"
+    )
     assert done.code == 0 and done.json["completion_tokens"] == 8
     assert "is not used" not in done.err  # it started from the blob
 
