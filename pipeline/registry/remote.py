@@ -1,0 +1,331 @@
+"""A repository of a registry, by the OCI distribution protocol 1.1 (and by its tag schema where 1.1 is not spoken)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
+
+from pipeline.errors import EnginewrightError, NetworkError, VerificationError
+from pipeline.registry import media
+from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, Refused, pause, unreachable
+from pipeline.registry.fallback import keep_tag, referrers_tag, with_referrer
+from pipeline.registry.media import Descriptor
+from pipeline.registry.origin import plain
+from pipeline.registry.reference import DIGEST, Reference
+from pipeline.registry.repository import BLOCK, Advance, Repository, Source, quiet
+
+ACCEPT = ", ".join((media.INDEX, media.MANIFEST, *media.DOCKER))
+MAX_LIST = 16 * 2**20
+
+
+class Remote:
+    """A repository that is spoken to over HTTP."""
+
+    def __init__(self, reference: Reference, *, plain_http: bool = False, client: Client | None = None) -> None:
+        self.reference = reference
+        self.client = client or Client(reference.place, scheme=reference.scheme, plain_http=plain_http)
+        self.base = f"/v2/{reference.repository}"
+
+    def manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        with self._explained(f"{self.reference.name}:{reference}"):
+            answer = self.client.request("GET", f"{self.base}/manifests/{reference}", headers={"Accept": ACCEPT})
+            data = self._read(answer, media.MAX_MANIFEST, reference)
+        found = media.described("", data)
+        told = answer.headers.get("Docker-Content-Digest", found.digest)
+        if DIGEST.fullmatch(reference) and found.digest != reference:
+            raise VerificationError(
+                f"{self.reference.name}: asked for {reference}, the registry gave {found.digest}", hint=TAMPERED
+            )
+        if told != found.digest:
+            raise VerificationError(
+                f"{self.reference.name}: the registry says that {reference} is {plain(told)[:80]}, "
+                f"and its bytes are {found.digest}",
+                hint=TAMPERED,
+            )
+        kind = media.kind_of(media.document(data, f"{self.reference.name}:{reference}"))
+        return Descriptor(kind, found.digest, len(data)), data
+
+    def has_manifest(self, reference: str) -> str:
+        with self._explained(f"{self.reference.name}:{reference}"):
+            try:
+                answer = self.client.request("HEAD", f"{self.base}/manifests/{reference}", headers={"Accept": ACCEPT})
+            except Refused as error:
+                if error.status in (404, 400):
+                    return ""
+                raise
+            answer.drain_conn()
+            answer.release_conn()
+        told = answer.headers.get("Docker-Content-Digest", "")
+        return told if DIGEST.fullmatch(told) else self.manifest(reference)[0].digest
+
+    def put_manifest(self, data: bytes, media_type: str, tag: str = "") -> Descriptor:
+        made, _ = self._put(data, media_type, tag)
+        return made
+
+    def _put(self, data: bytes, media_type: str, tag: str) -> tuple[Descriptor, bool]:
+        """Also whether the registry keeps the list of referrers by itself."""
+        made = media.described(media_type, data)
+        if len(data) > media.MAX_MANIFEST:
+            raise NetworkError(f"the manifest has {len(data)} bytes, and registries take {media.MAX_MANIFEST}")
+        with self._explained(f"{self.reference.name}:{tag or made.digest}"):
+            answer = self.client.request(
+                "PUT",
+                f"{self.base}/manifests/{tag or made.digest}",
+                ok=(200, 201, 202),
+                headers={"Content-Type": media_type},
+                body=data,
+            )
+            answer.drain_conn()
+            answer.release_conn()
+        self._stored(answer.headers.get("Docker-Content-Digest", made.digest), made.digest)
+        return made, "OCI-Subject" in answer.headers
+
+    def has_blob(self, blob: Descriptor) -> bool:
+        with self._explained(f"{self.reference.name}@{blob.digest}"):
+            try:
+                answer = self.client.request("HEAD", f"{self.base}/blobs/{blob.digest}")
+            except Refused as error:
+                if error.status in (404, 400):
+                    return False
+                raise
+            answer.drain_conn()
+            answer.release_conn()
+        # A blob of another size is damaged in the registry's storage: sending it again is the only cure.
+        return answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
+
+    @contextlib.contextmanager
+    def read_blob(self, blob: Descriptor, offset: int = 0) -> Iterator[tuple[int, Iterator[bytes]]]:
+        import urllib3
+
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        with self._explained(f"{self.reference.name}@{blob.digest}"):
+            try:
+                answer = self.client.request("GET", f"{self.base}/blobs/{blob.digest}", ok=(200, 206), headers=headers)
+            except Refused as error:
+                if error.status != 416 or not offset:
+                    raise
+                answer = self.client.request("GET", f"{self.base}/blobs/{blob.digest}")
+        start = offset if answer.status == 206 and _starts_at(answer.headers, offset) else 0
+        if answer.status == 206 and not start and offset:
+            answer.close()
+            raise NetworkError(f"{self.reference.place} answered another part of {blob.digest} than was asked for")
+
+        def blocks() -> Iterator[bytes]:
+            try:
+                yield from answer.stream(BLOCK, decode_content=False)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise unreachable(self.reference.place, error) from error
+
+        try:
+            yield start, blocks()
+        finally:
+            answer.close()  # what was not read of an answer must not be taken for the next one's start
+
+    def write_blob(self, blob: Descriptor, source: Source, advance: Advance = quiet) -> None:
+        """One request with the whole blob: every registry takes it, and nothing is held in memory."""
+        failures, sent = 0, 0
+
+        def body(stream: Iterator[bytes]) -> Iterator[bytes]:
+            nonlocal sent
+            for block in stream:
+                sent += len(block)
+                advance(len(block))
+                yield block
+
+        while True:
+            sent = 0
+            try:
+                with self._explained(f"{self.reference.name}@{blob.digest}"), contextlib.ExitStack() as opened:
+                    place = self._session()
+                    answer = self.client.request(
+                        "PUT",
+                        _with_digest(place, blob.digest),
+                        ok=(201, 204),
+                        headers={"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)},
+                        body=lambda: body(opened.enter_context(source())),
+                        attempts=1,
+                    )
+                    answer.drain_conn()
+                    answer.release_conn()
+                self._stored(answer.headers.get("Docker-Content-Digest", blob.digest), blob.digest)
+                return
+            except NetworkError as error:
+                advance(-sent)
+                failures += 1
+                cause = error.__cause__
+                status = cause.status if isinstance(cause, Refused) else 0
+                # A session that broke off is gone with what it held (404, 416): the next attempt has its own.
+                if failures >= ATTEMPTS or (status and status not in TRANSIENT | {404, 416}):
+                    raise
+                pause(failures, cause.retry_after if isinstance(cause, Refused) else "")
+                with contextlib.suppress(EnginewrightError):
+                    if self.has_blob(blob):  # it was stored, and only the answer was lost
+                        advance(blob.size)
+                        return
+
+    def mount(self, blob: Descriptor, origin: Repository) -> bool:
+        if not isinstance(origin, Remote) or origin.client.base != self.client.base:
+            return False
+        query = urlencode({"mount": blob.digest, "from": origin.reference.repository})
+        with self._explained(self.reference.name):
+            answer = self.client.request("POST", f"{self.base}/blobs/uploads/?{query}", ok=(201, 202), body=b"")
+            answer.drain_conn()
+            answer.release_conn()
+            if answer.status == 202 and (place := answer.headers.get("Location")):
+                # The registry would have the bytes after all, and has opened a session that nobody will use.
+                with contextlib.suppress(Refused, EnginewrightError):
+                    self.client.request("DELETE", urljoin(self.client.base, place), ok=(202, 204), attempts=1).close()
+        return answer.status == 201
+
+    def tags(self) -> list[str]:
+        found: list[str] = []
+        url = f"{self.base}/tags/list?n=1000"
+        with self._explained(self.reference.name):
+            while url:
+                answer = self.client.request("GET", url)
+                said = _json(self._read(answer, MAX_LIST, "its tags"), f"the tags of {self.reference.name}")
+                found += [tag for tag in said.get("tags") or () if isinstance(tag, str)]
+                following = _next(answer.headers.get("Link", ""))
+                url = urljoin(urljoin(self.client.base, url), following) if following else ""
+        return sorted(set(found))
+
+    def referrers(self, digest: str) -> list[Descriptor]:
+        url, found = f"{self.base}/referrers/{digest}", list[Descriptor]()
+        with self._explained(self.reference.name):
+            try:
+                while url:
+                    answer = self.client.request("GET", url, headers={"Accept": media.INDEX})
+                    data = self._read(answer, MAX_LIST, f"the referrers of {digest}")
+                    found += _listed(data, digest)
+                    following = _next(answer.headers.get("Link", ""))
+                    url = urljoin(urljoin(self.client.base, url), following) if following else ""
+                return found
+            except Refused as error:
+                # 400, 403 and 405 are what registries say that know no such path.
+                if error.status not in (400, 403, 404, 405, 406):
+                    raise
+        tag = referrers_tag(digest)
+        return _listed(self.manifest(tag)[1], digest) if self.has_manifest(tag) else []
+
+    def attach(self, data: bytes, subject: str) -> Descriptor:
+        value = media.document(data, "the attestation's manifest")
+        made, native = self._put(data, media.MANIFEST, keep_tag(subject, media.described("", data).digest))
+        if not native:
+            entry = Descriptor(
+                media.MANIFEST, made.digest, made.size, value.get("annotations", {}), {}, str(value["artifactType"])
+            )
+            self._list(entry, subject)
+        return made
+
+    def _list(self, entry: Descriptor, subject: str) -> None:
+        """Add to the list that stands under the tag. Another writer may be at it: read again what came of it."""
+        tag = referrers_tag(subject)
+        for attempt in range(1, ATTEMPTS + 1):
+            before = self.manifest(tag)[1] if self.has_manifest(tag) else b""
+            after = with_referrer(before, entry, subject)
+            if after != before:
+                self.put_manifest(after, media.INDEX, tag)
+            if any(each.digest == entry.digest for each in _listed(self.manifest(tag)[1], subject)):
+                return
+            pause(attempt)
+        raise NetworkError(f"{self.reference.name}: others write the list {tag} at the same time", hint=AGAIN)
+
+    def _session(self) -> str:
+        """Where to put a blob."""
+        answer = self.client.request("POST", f"{self.base}/blobs/uploads/", ok=(202,), body=b"")
+        answer.drain_conn()
+        answer.release_conn()
+        place = answer.headers.get("Location")
+        if not place:
+            raise NetworkError(f"{self.reference.place} names no place for an upload", hint="is it a registry?")
+        return urljoin(f"{self.client.base}{self.base}/blobs/uploads/", place)
+
+    def _read(self, answer: Any, limit: int, what: str) -> bytes:
+        import urllib3
+
+        try:
+            data: bytes = answer.read(limit + 1, decode_content=False)
+            while len(data) <= limit and (more := answer.read(limit + 1 - len(data), decode_content=False)):
+                data += more
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise unreachable(self.reference.place, error) from error
+        finally:
+            answer.release_conn()
+        if len(data) > limit:
+            answer.close()
+            raise VerificationError(f"{self.reference.name}: {what} has more than {limit} bytes", hint=TAMPERED)
+        return data
+
+    def _stored(self, told: str, meant: str) -> None:
+        if told != meant:
+            raise VerificationError(
+                f"{self.reference.name}: the registry stored {plain(told)[:80]} where {meant} was sent", hint=TAMPERED
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """A status in a user's words."""
+        try:
+            yield
+        except Refused as error:
+            said = f" ({error.message})" if error.message else ""
+            if error.status == 401:
+                raise NetworkError(
+                    f"{self.reference.place} does not know you: {what}: 401{said}",
+                    hint="log in with `docker login`, `podman login` or `skopeo login`, or set ENGINEWRIGHT_REGISTRY, "
+                    "ENGINEWRIGHT_REGISTRY_USER and ENGINEWRIGHT_REGISTRY_PASSWORD",
+                ) from error
+            if error.status == 403:
+                raise NetworkError(
+                    f"{self.reference.place} does not let you do that: {what}: 403{said}",
+                    hint="ask for the right, or log in as somebody who has it",
+                ) from error
+            if error.status == 404:
+                raise NetworkError(
+                    f"{what} is not there{said}", hint=f"`enginewright ls {self.reference.name}` shows what is"
+                ) from error
+            raise NetworkError(
+                f"{self.reference.place} answered {error.status}: {what}{said}",
+                hint=AGAIN if error.status in TRANSIENT else "check the address, and the registry's log",
+            ) from error
+
+
+TAMPERED = "do not use it: the registry's storage is damaged, or something in between alters what it sends"
+
+
+def _with_digest(place: str, digest: str) -> str:
+    parts = urlsplit(place)
+    query = [*((name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)), ("digest", digest)]
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+
+
+def _starts_at(headers: Any, offset: int) -> bool:
+    told = headers.get("Content-Range", "")
+    return not told or told.removeprefix("bytes ").startswith(f"{offset}-")
+
+
+def _next(link: str) -> str:
+    """The URL of the next page in a Link header."""
+    for part in link.split(","):
+        url, _, relation = part.strip().partition(">")
+        if 'rel="next"' in relation and url.startswith("<"):
+            return url[1:]
+    return ""
+
+
+def _json(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise NetworkError(f"{what} are not what a registry says", hint="check the address")
+    return value
+
+
+def _listed(data: bytes, digest: str) -> list[Descriptor]:
+    value = media.document(data, f"the referrers of {digest}")
+    return [media.descriptor(each, f"the referrers of {digest}") for each in value.get("manifests", ())]
