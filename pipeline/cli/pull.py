@@ -17,7 +17,6 @@ from pipeline.registry.reference import version_tag
 from pipeline.registry.select import Fit
 from pipeline.registry.transfer import child_tag
 from pipeline.registry.version import choose, open_version
-from pipeline.trust import policy as policies
 
 
 @click.command()
@@ -67,6 +66,8 @@ def pull(
         click.echo(shown, err=not dry_run)
     said = attestations.fetch(repository, chosen.descriptor.digest, chosen.artifact_id)
     if policy:
+        from pipeline.trust import policy as policies
+
         policies.require(policy, manifest, chosen.artifact_id, said, f"{where.name} ({manifest.target.name})")
     pinned = str(where.at(where.tag, version.descriptor.digest))
     document = {

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pipeline.cli.console import megabytes
 from pipeline.registry.repository import Advance, quiet
-from pipeline.trust.policy import Policy, load, of_keys
+
+if TYPE_CHECKING:
+    from pipeline.trust.policy import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAY_EVERY_S = 10.0
@@ -38,9 +40,13 @@ target_name = click.option("--target", metavar="NAME", help="This target, whatev
 
 def trusted(policy_path: Path | None, keys: Sequence[Path]) -> Policy | None:
     """The policy of `--policy` and `--key`; None when neither is given."""
+    if not policy_path and not keys:
+        return None
+    from pipeline.trust.policy import load, of_keys
+
     if policy_path:
         return load(policy_path, keys)
-    return of_keys(keys) if keys else None
+    return of_keys(keys)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def packed(name: str, data: bytes, subject: Descriptor) -> tuple[Descriptor, byt
 def attach(repository: Repository, subject: Descriptor, files: Mapping[str, bytes], artifact_id: str) -> int:
     """Store what is not there yet; how many were. VerificationError for a file that speaks of another artifact."""
     present = {each.digest for each in repository.referrers(subject.digest)} if files else set()
-    added = 0
+    new = []
     for name, data in files.items():
         if wrong := problem(name, data, artifact_id):
             raise VerificationError(f"{paths.ATTESTATIONS}/{name} {wrong}", hint="delete it; nothing was sent of it")
@@ -67,9 +67,10 @@ def attach(repository: Repository, subject: Descriptor, files: Mapping[str, byte
         for each, source in ((media.EMPTY_CONFIG, media.EMPTY_DATA), (blob, data)):
             if not repository.has_blob(each):
                 repository.write_blob(each, of_bytes(source))
-        repository.attach(manifest, subject.digest)
-        added += 1
-    return added
+        new.append(manifest)
+    if new:
+        repository.attach(new, subject.digest)
+    return len(new)
 
 
 def fetch(repository: Repository, subject: str, artifact_id: str) -> dict[str, bytes]:

@@ -58,6 +58,7 @@ class Client:
         self.scheme = scheme or ("http" if plain_http or is_loopback(host) else "https")
         self.base = f"{self.scheme}://{host}"
         self._authorization = ""
+        self._answered = False
         self._pools: dict[str, PoolManager] = {}
         if self._in_the_clear(self.base):
             raise RecipeError(
@@ -90,7 +91,8 @@ class Client:
                 pause(failures, error.retry_after)
             except NetworkError:
                 failures += 1
-                if failures >= attempts:
+                # A registry that never answered is more likely misspelt than busy.
+                if failures >= (attempts if self._answered else min(attempts, 2)):
                     raise
                 pause(failures)
 
@@ -148,7 +150,7 @@ class Client:
         import urllib3
 
         try:
-            return self._pool(url).request(
+            answer = self._pool(url).request(
                 method,
                 url,
                 headers=dict(headers),
@@ -161,6 +163,8 @@ class Client:
             )
         except urllib3.exceptions.HTTPError as error:
             raise unreachable(self.host, error) from error
+        self._answered = True
+        return answer
 
     def _pool(self, url: str) -> PoolManager:
         """Connections to an origin, through the proxy that the environment names for it."""

@@ -6,6 +6,8 @@ too, because garbage collectors delete manifests without one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.digest import canonical
 from pipeline.registry import media
 from pipeline.registry.media import Descriptor
@@ -27,15 +29,21 @@ def is_internal(tag: str) -> bool:
     return name.startswith("sha256-") and len(name) == 71
 
 
-def with_referrer(before: bytes, entry: Descriptor, subject: str) -> bytes:
-    """The list with one more entry; the same bytes when it is there already. `before` may be empty."""
-    listed = []
-    if before:
-        value = media.document(before, f"the referrers of {subject}")
-        listed = list(value.get("manifests", ()))
-        if any(isinstance(each, dict) and each.get("digest") == entry.digest for each in listed):
-            return before
-    listed.append(entry.plain())
+def listed_as(data: bytes) -> Descriptor:
+    """How a list of referrers names an attestation's manifest."""
+    value = media.document(data, "the attestation's manifest")
+    return media.described(
+        media.MANIFEST, data, annotations=value.get("annotations", {}), artifact_type=str(value.get("artifactType", ""))
+    )
+
+
+def with_referrers(before: bytes, entries: Sequence[Descriptor], subject: str) -> bytes:
+    """The list with more entries; the same bytes when they are there already. `before` may be empty."""
+    listed = list(media.document(before, f"the referrers of {subject}").get("manifests", ())) if before else []
+    present = {each.get("digest") for each in listed if isinstance(each, dict)}
+    new = [entry.plain() for entry in entries if entry.digest not in present]
+    if before and not new:
+        return before
     # Sorted, so that the order in which attestations came does not change the digest.
-    listed.sort(key=lambda each: str(each.get("digest") if isinstance(each, dict) else ""))
+    listed = sorted(listed + new, key=lambda each: str(each.get("digest") if isinstance(each, dict) else ""))
     return canonical({"schemaVersion": 2, "mediaType": media.INDEX, "manifests": listed})

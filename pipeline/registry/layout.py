@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from pipeline.artifact.place import sync_names
 from pipeline.digest import canonical
 from pipeline.errors import EnginewrightError, NetworkError, StageError, VerificationError
 from pipeline.registry import media
-from pipeline.registry.fallback import keep_tag, referrers_tag, with_referrer
+from pipeline.registry.fallback import keep_tag, listed_as, referrers_tag, with_referrers
 from pipeline.registry.media import Descriptor
 from pipeline.registry.reference import DIGEST, Reference
 from pipeline.registry.repository import BLOCK, Advance, Repository, Source, quiet
@@ -121,18 +121,15 @@ class Layout:
         value = media.document(self.manifest(tag)[1], f"{self.reference.name}:{tag}")
         return [media.descriptor(each, f"{self.reference.name}:{tag}") for each in value.get("manifests", ())]
 
-    def attach(self, data: bytes, subject: str) -> Descriptor:
-        value = media.document(data, "the attestation's manifest")
-        made = self.put_manifest(data, media.MANIFEST, keep_tag(subject, media.described("", data).digest))
-        entry = Descriptor(
-            media.MANIFEST, made.digest, made.size, value.get("annotations", {}), {}, str(value["artifactType"])
-        )
+    def attach(self, manifests: Sequence[bytes], subject: str) -> None:
+        entries = [listed_as(data) for data in manifests]
+        for data, entry in zip(manifests, entries, strict=True):
+            self.put_manifest(data, media.MANIFEST, keep_tag(subject, entry.digest))
         tag = referrers_tag(subject)
         before = self.manifest(tag)[1] if self.has_manifest(tag) else b""
-        after = with_referrer(before, entry, subject)
+        after = with_referrers(before, entries, subject)
         if after != before:
             self.put_manifest(after, media.INDEX, tag)
-        return made
 
     def tagged(self) -> dict[str, Descriptor]:
         """Tag -> what it stands for. A layout of one manifest without a name has it as `latest`."""

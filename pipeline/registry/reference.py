@@ -70,7 +70,9 @@ def parse(text: str) -> Reference:
             raise RecipeError(f"{text!r} is not a reference: {scheme}:// is no way to a registry", hint=HINT)
         text = text.partition("://")[2]
     host, slash, rest = text.partition("/")
-    if not slash or not _HOST.fullmatch(host):
+    # A host has a dot or a port, or is this machine: `org/model` is a name of some hub, not a place.
+    named = "." in host or ":" in host or host == "localhost" or scheme
+    if not slash or not named or not _HOST.fullmatch(host):
         raise RecipeError(f"{text!r} is not a reference: it names no registry", hint=HINT)
     path, tag, digest = _tagged(rest, text)
     if not _REPOSITORY.fullmatch(path) or len(path) > 255:

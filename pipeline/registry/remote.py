@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 from pipeline.errors import EnginewrightError, NetworkError, VerificationError
 from pipeline.registry import media
 from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, Refused, pause, unreachable
-from pipeline.registry.fallback import keep_tag, referrers_tag, with_referrer
+from pipeline.registry.fallback import keep_tag, listed_as, referrers_tag, with_referrers
 from pipeline.registry.media import Descriptor
 from pipeline.registry.origin import plain
 from pipeline.registry.reference import DIGEST, Reference
@@ -210,25 +210,25 @@ class Remote:
         tag = referrers_tag(digest)
         return _listed(self.manifest(tag)[1], digest) if self.has_manifest(tag) else []
 
-    def attach(self, data: bytes, subject: str) -> Descriptor:
-        value = media.document(data, "the attestation's manifest")
-        made, native = self._put(data, media.MANIFEST, keep_tag(subject, media.described("", data).digest))
-        if not native:
-            entry = Descriptor(
-                media.MANIFEST, made.digest, made.size, value.get("annotations", {}), {}, str(value["artifactType"])
-            )
-            self._list(entry, subject)
-        return made
+    def attach(self, manifests: Sequence[bytes], subject: str) -> None:
+        unlisted = []
+        for data in manifests:
+            entry = listed_as(data)
+            _, native = self._put(data, media.MANIFEST, keep_tag(subject, entry.digest))
+            if not native:
+                unlisted.append(entry)
+        if unlisted:
+            self._list(unlisted, subject)
 
-    def _list(self, entry: Descriptor, subject: str) -> None:
+    def _list(self, entries: Sequence[Descriptor], subject: str) -> None:
         """Add to the list that stands under the tag. Another writer may be at it: read again what came of it."""
-        tag = referrers_tag(subject)
+        tag, wanted = referrers_tag(subject), {each.digest for each in entries}
         for attempt in range(1, ATTEMPTS + 1):
             before = self.manifest(tag)[1] if self.has_manifest(tag) else b""
-            after = with_referrer(before, entry, subject)
+            after = with_referrers(before, entries, subject)
             if after != before:
                 self.put_manifest(after, media.INDEX, tag)
-            if any(each.digest == entry.digest for each in _listed(self.manifest(tag)[1], subject)):
+            if wanted <= {each.digest for each in _listed(self.manifest(tag)[1], subject)}:
                 return
             pause(attempt)
         raise NetworkError(f"{self.reference.name}: others write the list {tag} at the same time", hint=AGAIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -64,6 +64,6 @@ class Repository(Protocol):
         """The manifests whose subject is `digest`."""
         ...
 
-    def attach(self, data: bytes, subject: str) -> Descriptor:
-        """Store a manifest that has a subject, so that it is found by `referrers` and no collector deletes it."""
+    def attach(self, manifests: Sequence[bytes], subject: str) -> None:
+        """Store manifests that have a subject, so that `referrers` finds them and no collector deletes them."""
         ...

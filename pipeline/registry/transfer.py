@@ -80,32 +80,34 @@ class Copier:
         for blob in blobs(found, data):
             self.blob(blob)
         self._put(found, data)
-        for each in self.source.referrers(found.digest):
-            self._referrer(each, found.digest, depth)
+        self._referrers(found.digest, depth)
 
     def _put(self, found: Descriptor, data: bytes) -> None:
         if not self.destination.has_manifest(found.digest):
             self.destination.put_manifest(data, found.media_type)
             self.sent.manifests += 1
 
-    def _referrer(self, entry: Descriptor, subject: str, depth: int) -> None:
-        found, data = self.source.manifest(entry.digest)
-        value = media.document(data, entry.digest)
-        if not isinstance(value.get("subject"), dict) or value["subject"].get("digest") != subject:
-            raise VerificationError(
-                f"{self.source.reference.name}: {entry.digest} is listed as speaking of {subject}, and does not",
-                hint="the list of referrers was altered: remove it, or sign again",
-            )
-        if found.digest in self._done:
-            return
-        self._done.add(found.digest)
-        for blob in blobs(found, data):
-            self.blob(blob)
-        if not any(each.digest == found.digest for each in self.destination.referrers(subject)):
-            self.destination.attach(data, subject)
-            self.sent.manifests += 1
-        for each in self.source.referrers(found.digest) if depth < MAX_DEPTH else ():
-            self._referrer(each, found.digest, depth + 1)
+    def _referrers(self, subject: str, depth: int) -> None:
+        """Everything that refers to a manifest, and what refers to that."""
+        present = {each.digest for each in self.destination.referrers(subject)}
+        new = []
+        for entry in self.source.referrers(subject):
+            found, data = self.source.manifest(entry.digest)
+            told = media.document(data, entry.digest).get("subject")
+            if not isinstance(told, dict) or told.get("digest") != subject:
+                raise VerificationError(
+                    f"{self.source.reference.name}: {entry.digest} is listed as speaking of {subject}, and does not",
+                    hint="the list of referrers was altered: remove it, or sign again",
+                )
+            for blob in blobs(found, data):
+                self.blob(blob)
+            if found.digest not in present:
+                new.append((found.digest, data))
+        if new:
+            self.destination.attach([data for _, data in new], subject)
+            self.sent.manifests += len(new)
+        for digest, _ in new if depth < MAX_DEPTH else ():
+            self._referrers(digest, depth + 1)
 
     def _tag(self, digest: str, tag: str) -> None:
         if self.destination.has_manifest(tag) != digest:
