@@ -94,11 +94,13 @@ class ArchiveWriter(Layout):
         self.names: dict[str, Descriptor] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = self.scratch.open("xb")
+            self.stream = self.scratch.open("xb", buffering=0)
+            self._header("oci-layout", len(MARK))
+            self._body(MARK)
+            self._pad(len(MARK))
         except OSError as error:
+            self.scratch.unlink(missing_ok=True)
             raise cannot_write(error, path, 0) from error
-        self._header("oci-layout", len(MARK))
-        self._body(MARK)
 
     def has_manifest(self, reference: str) -> str:
         if reference.startswith("sha256:"):
@@ -128,7 +130,7 @@ class ArchiveWriter(Layout):
             self._header(f"blobs/sha256/{blob.digest.removeprefix('sha256:')}", blob.size)
             with source() as blocks:
                 for block in blocks:
-                    self.stream.write(block)
+                    self._body(block)
                     advance(len(block))
             self._pad(blob.size)
         except BaseException as error:
@@ -151,8 +153,8 @@ class ArchiveWriter(Layout):
         try:
             self._header("index.json", len(data))
             self._body(data)
-            self.stream.write(bytes(2 * tarfile.BLOCKSIZE))
-            self.stream.flush()
+            self._pad(len(data))
+            self._body(bytes(2 * tarfile.BLOCKSIZE))
             os.fsync(self.stream.fileno())
             self.stream.close()
             self.scratch.replace(self.root)
@@ -167,14 +169,15 @@ class ArchiveWriter(Layout):
     def _header(self, name: str, size: int) -> None:
         about = tarfile.TarInfo(name)
         about.size = size
-        self.stream.write(about.tobuf(tarfile.PAX_FORMAT))
+        self._body(about.tobuf(tarfile.PAX_FORMAT))
 
     def _body(self, data: bytes) -> None:
-        self.stream.write(data)
-        self._pad(len(data))
+        rest = memoryview(data)
+        while rest:  # an unbuffered file may take less than it is given
+            rest = rest[self.stream.write(rest) :]
 
     def _pad(self, size: int) -> None:
-        self.stream.write(bytes(-size % tarfile.BLOCKSIZE))
+        self._body(bytes(-size % tarfile.BLOCKSIZE))
 
 
 def _members(path: Path) -> dict[str, tuple[int, int]]:

@@ -49,6 +49,10 @@ class Refused(Exception):  # noqa: N818  a status that the caller may know what 
     retry_after: str = ""
 
 
+class MisledError(NetworkError):
+    """The registry sends to where nobody may follow: another attempt would end there, too."""
+
+
 class Client:
     """Requests to the registry at `host`."""
 
@@ -89,6 +93,8 @@ class Client:
                 if error.status not in TRANSIENT or failures >= attempts:
                     raise
                 pause(failures, error.retry_after)
+            except MisledError:
+                raise
             except NetworkError:
                 failures += 1
                 # A registry that never answered is more likely misspelt than busy.
@@ -116,7 +122,7 @@ class Client:
                 answer.release_conn()
                 hops += 1
                 if hops > MAX_REDIRECTS:
-                    raise NetworkError(f"{self.host} redirects without end", hint="check the registry's address")
+                    raise MisledError(f"{self.host} redirects without end", hint="check the registry's address")
                 url = urljoin(url, answer.headers["Location"])
                 continue
             if answer.status == 401 and own and not authenticated:
@@ -189,9 +195,9 @@ class Client:
     def _check(self, url: str) -> None:
         """Refuse to follow the registry out of TLS, or to where no registry is."""
         if urlsplit(url).scheme not in ("http", "https"):
-            raise NetworkError(f"{self.host} sends to {plain(url)!r:.200}, which is no way to a registry")
+            raise MisledError(f"{self.host} sends to {plain(url)!r:.200}, which is no way to a registry")
         if self._in_the_clear(url):
-            raise NetworkError(
+            raise MisledError(
                 f"{self.host} sends to {plain(url)!r:.200}, without TLS",
                 hint="have the registry mended, or allow it with --plain-http",
             )

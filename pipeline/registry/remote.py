@@ -28,6 +28,8 @@ class Remote:
         self.reference = reference
         self.client = client or Client(reference.place, scheme=reference.scheme, plain_http=plain_http)
         self.base = f"/v2/{reference.repository}"
+        self._damaged: set[str] = set()
+        """Blobs of another size than was announced. Some registries keep them, whatever is sent."""
 
     def manifest(self, reference: str) -> tuple[Descriptor, bytes]:
         with self._explained(f"{self.reference.name}:{reference}"):
@@ -93,8 +95,10 @@ class Remote:
                 raise
             answer.drain_conn()
             answer.release_conn()
-        # A blob of another size is damaged in the registry's storage: sending it again is the only cure.
-        return answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
+        whole = answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
+        if not whole:
+            self._damaged.add(blob.digest)
+        return whole
 
     @contextlib.contextmanager
     def read_blob(self, blob: Descriptor, offset: int = 0) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -151,6 +155,11 @@ class Remote:
                     answer.drain_conn()
                     answer.release_conn()
                 self._stored(answer.headers.get("Docker-Content-Digest", blob.digest), blob.digest)
+                if blob.digest in self._damaged and not self.has_blob(blob):
+                    raise VerificationError(
+                        f"{self.reference.place} keeps a blob of another size under {blob.digest}",
+                        hint="its storage is damaged: have the blob removed there, then push again",
+                    )
                 return
             except NetworkError as error:
                 advance(-sent)

@@ -13,7 +13,8 @@ Advance = Callable[[int], None]
 """Told the bytes as they come, negative when some were in vain."""
 Source = Callable[[], AbstractContextManager[Iterator[bytes]]]
 """Opens the bytes of a blob from their start; may be called again when an attempt failed."""
-BLOCK = 1 << 20
+BLOCK = 1 << 18
+"""Bytes that are held at a time; what a broken line loses of what had arrived."""
 
 
 def quiet(size: int) -> None:

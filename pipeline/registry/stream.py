@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NetworkError, StageError, VerificationError
-from pipeline.registry.client import ATTEMPTS, TRANSIENT, Refused, pause
+from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, MisledError, Refused, pause
 from pipeline.registry.media import Descriptor
 from pipeline.registry.repository import BLOCK, Repository, Source
 
@@ -29,39 +29,42 @@ def verified(
     digest = known or hashlib.sha256()
     held: bytes = b""
     done, failures, since = offset, 0, time.monotonic()
+    ended_at: set[int] = set()
     what = f"{name or blob.digest} of {repository.reference.name}"
-    while done < blob.size or (blob.size == 0 and failures == 0):
+    while done < blob.size:
+        before = done
         try:
-            before = done
             with repository.read_blob(blob, done) as (start, blocks):
                 skip = done - start
                 for block in blocks:
-                    fresh = block[skip:] if skip else block
-                    skip = max(0, skip - len(block))
-                    if not fresh:
-                        continue
+                    fresh, skip = block[skip:], max(0, skip - len(block))
                     if done + len(fresh) > blob.size:
                         raise VerificationError(
                             f"{what} has more than the {blob.size} bytes that were announced", hint=HINT
                         )
-                    digest.update(fresh)
-                    done += len(fresh)
-                    if held:
-                        yield held
-                    held = fresh
+                    if fresh:
+                        digest.update(fresh)
+                        done += len(fresh)
+                        if held:
+                            yield held
+                        held = fresh
             if done < blob.size:
-                raise NetworkError(f"{what} ended after {done:,} of {blob.size:,} bytes", hint=HINT)
-            break
+                told = f"{what} ended after {done:,} of {blob.size:,} bytes"
+                if done in ended_at:  # a whole answer, twice: the blob is cut off, not the line
+                    raise VerificationError(told, hint=HINT)
+                ended_at.add(done)
+                raise NetworkError(told, hint=AGAIN)
         except NetworkError as error:
             cause = error.__cause__
             status = cause.status if isinstance(cause, Refused) else 0
             if done > before:
                 failures, since = 0, time.monotonic()
             failures += 1
-            gone = time.monotonic() - since > GAP_S
-            if failures >= ATTEMPTS or gone or (status and status not in TRANSIENT):
-                if done < blob.size and not status and failures >= ATTEMPTS and _ends_short(error):
-                    raise VerificationError(error.message, hint=HINT) from error
+            if held and done < blob.size:  # not the last of it: a later attempt goes on behind it
+                yield held
+                held = b""
+            gone = failures >= ATTEMPTS or time.monotonic() - since > GAP_S
+            if gone or isinstance(error, MisledError) or (status and status not in TRANSIENT):
                 raise
             pause(failures, cause.retry_after if isinstance(cause, Refused) else "")
     if (got := f"sha256:{digest.hexdigest()}") != blob.digest:
@@ -71,11 +74,6 @@ def verified(
 
 
 HINT = "do not use what is there: the registry's storage is damaged, or something in between alters what it sends"
-
-
-def _ends_short(error: NetworkError) -> bool:
-    """Whether the answer was complete, and too short: a truncated blob, not a broken line."""
-    return error.__cause__ is None
 
 
 def of_file(path: Path, blob: Descriptor) -> Source:

@@ -186,7 +186,7 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 if name.lower() == "location":
                     value = value.replace(f"http://{proxy.upstream}", f"http://{proxy.address}")
                 if fault and fault.kind == "short" and name.lower() == "content-length":
-                    value = str(fault.value)
+                    value = str(min(int(value), fault.value))
                 if name.lower() not in ("connection", "transfer-encoding"):
                     self.send_header(name, value)
             self.end_headers()
