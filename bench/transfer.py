@@ -113,14 +113,17 @@ class Bench:
         """The words of push and of pull."""
         base = f"http://{self.address}/v2/{repository}/blobs"
         reference = f"{self.address}/{repository}:1"
-        ours, script = str(Path(sys.executable).with_name("enginewright")), str(Path(__file__).parent / "transfer_oras.py")
+        ours, script = (
+            str(Path(sys.executable).with_name("enginewright")),
+            str(Path(__file__).parent / "transfer_oras.py"),
+        )
         if tool == OURS:
             pull = [ours, "pull", reference, "--target", "cpu", "--out", str(out), "-q"]
             return [ours, "push", str(self.artifact), reference, "-q"], pull
         if tool == CURL:
             session = f"curl -sfi -X POST {base}/uploads/ | tr -d '\\r' | sed -n 's/^[Ll]ocation: //p'"
             header = "-H 'Content-Type: application/octet-stream'"
-            push = f"place=$({session}) && curl -sf {header} -T {self.file} \"$place&digest={self.digest}\""
+            push = f'place=$({session}) && curl -sf {header} -T {self.file} "$place&digest={self.digest}"'
             return ["sh", "-c", push], ["curl", "-sf", "-o", str(out / "model.safetensors"), f"{base}/{self.digest}"]
         oras = [str(self.oras), script]
         return [*oras, "push", reference, str(self.file)], [*oras, "pull", reference, str(out)]
@@ -170,7 +173,9 @@ def main() -> int:
             load.append(machine.load())
             figures["sizes"][name] = {
                 "bytes": size,
-                "tools": {tool: {verb: measure.median(c) for verb, c in verbs.items()} for tool, verbs in found.items()},
+                "tools": {
+                    tool: {verb: measure.median(c) for verb, c in verbs.items()} for tool, verbs in found.items()
+                },
             }
     figures["load"] = load
     (environments.HOME / "transfer.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")

@@ -216,3 +216,8 @@ def parity(result: ParityResult, thresholds: Mapping[str, str | None], build_key
 def judged(predicate: Mapping[str, Any]) -> bool:
     """Whether it holds a verdict on something that ran."""
     return predicate.get("verdict") in ("passed", "failed")
+
+
+def benchmark(timing: Mapping[str, float], host: Mapping[str, Any]) -> Attestation:
+    """What the golden inputs took on a machine, in seconds. They are few: it is a hint, no comparison of engines."""
+    return Attestation(BENCHMARK, {"metrics": dict(timing), "inputs": "golden", "host": dict(host)})

@@ -122,9 +122,11 @@ def _prove(
         tag = child_tag(where.tag or version_tag(manifest.version), manifest.target.name)
         pulling.keep(version.repository, target, said, store, tag)
     proof = verify_run(destination, write=signer is not None)
-    if signer and proof.attestation:
-        path = sign_file(proof.report, proof.attestation, signer)
-        new = {path.name: path.read_bytes(), proof.attestation.name: proof.attestation.read_bytes()}
+    if signer:
+        new: dict[str, bytes] = {}
+        for written in (proof.attestation, proof.benchmark):
+            for path in (written, sign_file(proof.report, written, signer)) if written else ():
+                new[path.name] = path.read_bytes()
         attestations.attach(version.repository, target.descriptor, new, target.artifact_id)
     return proof
 

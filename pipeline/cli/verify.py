@@ -89,8 +89,9 @@ def verify(
         from pipeline.artifact.prove import prove
 
         proof = prove(report, write=attest)
-        if signer and proof.attestation:
-            remote.sign_file(report, proof.attestation, signer)
+        for written in (proof.attestation, proof.benchmark) if signer else ():
+            if signer and written:
+                remote.sign_file(report, written, signer)
     click.echo(json.dumps(document(report, proof, findings), indent=2) if form == "json" else text(report, proof))
     if form == "text":
         remote.show_findings(findings)

@@ -10,9 +10,9 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 
 from pipeline import targets
-from pipeline.artifact.manifest import Manifest, Requirement, freeze
+from pipeline.artifact.manifest import Manifest, Requirement, Target, freeze
 from pipeline.errors import UnavailableError
-from pipeline.hardware import Device, Hardware
+from pipeline.hardware import ISA, Device, Hardware
 from pipeline.registry.origin import plain
 
 Rank = Literal["exact", "family", "isa", "portable", "no"]
@@ -40,11 +40,15 @@ def rank(manifests: Sequence[Manifest], hardware: Hardware, *, runtimes: bool = 
 
     `runtimes` also asks whether what serves the target is installed here.
     """
-    found = [(fit(manifest, hardware, runtimes=runtimes), manifest) for manifest in manifests]
-    numbered = sorted(
-        enumerate(found), key=lambda each: (ORDER.index(each[1][0].rank), -len(each[1][1].target.isa), each[0])
-    )
-    return [each for _, (each, _) in numbered]
+    found = [(fit(manifest, hardware, runtimes=runtimes), manifest.target) for manifest in manifests]
+    # sorted() keeps the order of the index among equals.
+    return [each for each, _ in sorted(found, key=lambda pair: (ORDER.index(pair[0].rank), *_generic(pair[1])))]
+
+
+def _generic(target: Target) -> tuple[bool, int, int]:
+    """How little a target is made for one kind of machine: names no device, no recent instruction, few of them."""
+    newest = max((ISA.index(feature) for feature in target.isa if feature in ISA), default=-1)
+    return not target.device.compute_capability, -newest, -len(target.isa)
 
 
 def fit(manifest: Manifest, hardware: Hardware, *, runtimes: bool = True) -> Fit:

@@ -65,6 +65,7 @@ class Proxy:
         self.server.daemon_threads = True
         if self.tls:
             self.server.socket = self.tls.wrap_socket(self.server.socket, server_side=True)
+        self.scheme = "https" if self.tls else "http"
         self.address = f"127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> Proxy:
@@ -184,7 +185,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 if fault and fault.kind == "header" and name.lower() == fault.value[0].lower():
                     value = fault.value[1]
                 if name.lower() == "location":
-                    value = value.replace(f"http://{proxy.upstream}", f"http://{proxy.address}")
+                    # The registry names itself as it was called: by the name of this proxy, without its TLS.
+                    value = value.replace(f"http://{proxy.address}", f"{proxy.scheme}://{proxy.address}")
                 if fault and fault.kind == "short" and name.lower() == "content-length":
                     value = str(min(int(value), fault.value))
                 if name.lower() not in ("connection", "transfer-encoding"):
