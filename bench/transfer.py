@@ -3,9 +3,9 @@
     python bench/transfer.py                 300 MB and 2 GiB, three rounds each
     python bench/transfer.py --only 300MB --rounds 1
 
-Needs docker-registry and curl (Debian packages); oras-py gets an environment of its own in .bench/oras. Each round has a
-repository of its own for each tool, so that nothing is there already. enginewright's pull verifies every byte and puts
-it on disk (fsync) before the artifact appears; curl and oras-py do neither.
+Needs docker-registry and curl (Debian packages); oras-py gets an environment of its own in .bench/oras. Each round has
+a repository of its own for each tool, so that nothing is there already. enginewright's pull verifies every byte and
+puts it on disk (fsync) before the artifact appears; curl and oras-py do neither.
 """
 
 from __future__ import annotations

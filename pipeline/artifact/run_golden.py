@@ -1,7 +1,8 @@
 """The child process of `verify --run`: `python -m pipeline.artifact.run_golden ARTIFACT RESULT`.
 
 Opens the artifact with its own runtime, gives it the golden inputs, and writes {"report": {metrics, worst, samples},
-"timing": {...}} or {"error": {exit_code, message, hint}} to RESULT. A native library that crashes takes only this process with it.
+"timing": {...}} or {"error": {exit_code, message, hint}} to RESULT. A native library that crashes takes only this
+process with it.
 """
 
 from __future__ import annotations
