@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.artifact import dsse, paths
+from pipeline.artifact import attest, dsse, paths
 from pipeline.artifact.attest import statement_problem
 from pipeline.digest import canonical
 from pipeline.errors import VerificationError
@@ -74,11 +74,13 @@ def attach(repository: Repository, subject: Descriptor, files: Mapping[str, byte
 
 
 def fetch(repository: Repository, subject: str, artifact_id: str) -> dict[str, bytes]:
-    """File name -> bytes of every attestation of a target; a later one of the same name is numbered.
+    """File name -> bytes of every attestation of a target; of several with a name the others are numbered.
+
+    The name itself goes to one that judges something, before those that were deferred.
 
     VerificationError for one that speaks of another artifact: somebody has tied it to this one.
     """
-    found: dict[str, bytes] = {}
+    pairs: list[tuple[str, bytes]] = []
     listed = repository.referrers(subject)
     if len(listed) > MAX_COUNT:
         raise VerificationError(f"{subject} has {len(listed)} referrers, and {MAX_COUNT} are looked at")
@@ -99,8 +101,17 @@ def fetch(repository: Repository, subject: str, artifact_id: str) -> dict[str, b
                     f"{repository.reference.name}: {name} ({entry.digest}) {wrong}",
                     hint="it was tied to this artifact by mistake or by malice: have it removed",
                 )
-            found[_free(name, content, found)] = content
+            pairs.append((name, content))
+    found: dict[str, bytes] = {}
+    for name, content in sorted(pairs, key=lambda pair: not _judged(*pair)):
+        found[_free(name, content, found)] = content
     return found
+
+
+def _judged(name: str, data: bytes) -> bool:
+    """Whether it holds a verdict on something that ran."""
+    value = dsse.statement(data) if name.endswith(".dsse") else json.loads(data)
+    return attest.judged(value["predicate"])
 
 
 def _layers(values: Iterable[object], where: str) -> list[Descriptor]:
