@@ -103,12 +103,12 @@ def fetch(repository: Repository, subject: str, artifact_id: str) -> dict[str, b
                 )
             pairs.append((name, content))
     found: dict[str, bytes] = {}
-    for name, content in sorted(pairs, key=lambda pair: not _judged(*pair)):
+    for name, content in sorted(pairs, key=lambda pair: not judged(*pair)):
         found[_free(name, content, found)] = content
     return found
 
 
-def _judged(name: str, data: bytes) -> bool:
+def judged(name: str, data: bytes) -> bool:
     """Whether it holds a verdict on something that ran."""
     value = dsse.statement(data) if name.endswith(".dsse") else json.loads(data)
     return attest.judged(value["predicate"])

@@ -50,7 +50,9 @@ def writing(reference: Reference, artifacts: Path, *, plain_http: bool = False) 
             made.discard()
             raise
     else:
-        yield _layout(reference, artifacts)
+        found = _layout(reference, artifacts)
+        with found.using():
+            yield found
 
 
 def _layout(reference: Reference, artifacts: Path) -> Layout:

@@ -213,8 +213,8 @@ def _assemble(
 
 
 def _add_attestations(artifact: Path, said: Mapping[str, bytes]) -> None:
-    """Write those that are not there; one of the same name that judges something is kept."""
+    """Write those that are not there, and verdicts where there is none yet."""
     for name, data in said.items():
         path = artifact / paths.ATTESTATIONS / name
-        if not path.exists():
+        if not path.exists() or (attestations.judged(name, data) and not attestations.judged(name, path.read_bytes())):
             attest.write_file(artifact, name, data)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import urlencode, urljoin
 
 from pipeline.errors import EnginewrightError, NetworkError, VerificationError
 from pipeline.registry import media
-from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, Refused, pause, unreachable
+from pipeline.registry.answers import (
+    TAMPERED,
+    explained,
+    listed,
+    next_page,
+    object_of,
+    read,
+    starts_at,
+    with_digest,
+)
+from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, MisledError, Refused, pause, unreachable
 from pipeline.registry.fallback import keep_tag, listed_as, referrers_tag, with_referrers
 from pipeline.registry.media import Descriptor
 from pipeline.registry.origin import plain
-from pipeline.registry.reference import DIGEST, Reference
+from pipeline.registry.reference import DIGEST, TAG, Reference
 from pipeline.registry.repository import BLOCK, Advance, Repository, Source, quiet
 
 ACCEPT = ", ".join((media.INDEX, media.MANIFEST, *media.DOCKER))
 MAX_LIST = 16 * 2**20
+MAX_PAGES = 10_000
 
 
 class Remote:
@@ -32,9 +41,9 @@ class Remote:
         """Blobs of another size than was announced. Some registries keep them, whatever is sent."""
 
     def manifest(self, reference: str) -> tuple[Descriptor, bytes]:
-        with self._explained(f"{self.reference.name}:{reference}"):
+        with explained(self.reference, f"{self.reference.name}:{reference}"):
             answer = self.client.request("GET", f"{self.base}/manifests/{reference}", headers={"Accept": ACCEPT})
-            data = self._read(answer, media.MAX_MANIFEST, reference)
+            data = read(self.reference, answer, media.MAX_MANIFEST, reference)
         found = media.described("", data)
         told = answer.headers.get("Docker-Content-Digest", found.digest)
         if DIGEST.fullmatch(reference) and found.digest != reference:
@@ -51,7 +60,7 @@ class Remote:
         return Descriptor(kind, found.digest, len(data)), data
 
     def has_manifest(self, reference: str) -> str:
-        with self._explained(f"{self.reference.name}:{reference}"):
+        with explained(self.reference, f"{self.reference.name}:{reference}"):
             try:
                 answer = self.client.request("HEAD", f"{self.base}/manifests/{reference}", headers={"Accept": ACCEPT})
             except Refused as error:
@@ -72,7 +81,7 @@ class Remote:
         made = media.described(media_type, data)
         if len(data) > media.MAX_MANIFEST:
             raise NetworkError(f"the manifest has {len(data)} bytes, and registries take {media.MAX_MANIFEST}")
-        with self._explained(f"{self.reference.name}:{tag or made.digest}"):
+        with explained(self.reference, f"{self.reference.name}:{tag or made.digest}"):
             answer = self.client.request(
                 "PUT",
                 f"{self.base}/manifests/{tag or made.digest}",
@@ -86,7 +95,7 @@ class Remote:
         return made, "OCI-Subject" in answer.headers
 
     def has_blob(self, blob: Descriptor) -> bool:
-        with self._explained(f"{self.reference.name}@{blob.digest}"):
+        with explained(self.reference, f"{self.reference.name}@{blob.digest}"):
             try:
                 answer = self.client.request("HEAD", f"{self.base}/blobs/{blob.digest}")
             except Refused as error:
@@ -105,14 +114,14 @@ class Remote:
         import urllib3
 
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        with self._explained(f"{self.reference.name}@{blob.digest}"):
+        with explained(self.reference, f"{self.reference.name}@{blob.digest}"):
             try:
                 answer = self.client.request("GET", f"{self.base}/blobs/{blob.digest}", ok=(200, 206), headers=headers)
             except Refused as error:
                 if error.status != 416 or not offset:
                     raise
                 answer = self.client.request("GET", f"{self.base}/blobs/{blob.digest}")
-        start = offset if answer.status == 206 and _starts_at(answer.headers, offset) else 0
+        start = offset if answer.status == 206 and starts_at(answer.headers, offset) else 0
         if answer.status == 206 and not start and offset:
             answer.close()
             raise NetworkError(f"{self.reference.place} answered another part of {blob.digest} than was asked for")
@@ -142,11 +151,14 @@ class Remote:
         while True:
             sent = 0
             try:
-                with self._explained(f"{self.reference.name}@{blob.digest}"), contextlib.ExitStack() as opened:
+                with (
+                    explained(self.reference, f"{self.reference.name}@{blob.digest}"),
+                    contextlib.ExitStack() as opened,
+                ):
                     place = self._session()
                     answer = self.client.request(
                         "PUT",
-                        _with_digest(place, blob.digest),
+                        with_digest(place, blob.digest),
                         ok=(201, 204),
                         headers={"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)},
                         body=lambda: body(opened.enter_context(source())),
@@ -167,7 +179,8 @@ class Remote:
                 cause = error.__cause__
                 status = cause.status if isinstance(cause, Refused) else 0
                 # A session that broke off is gone with what it held (404, 416): the next attempt has its own.
-                if failures >= ATTEMPTS or (status and status not in TRANSIENT | {404, 416}):
+                final = isinstance(error, MisledError) or (status and status not in TRANSIENT | {404, 416})
+                if final or failures >= ATTEMPTS:
                     raise
                 pause(failures, cause.retry_after if isinstance(cause, Refused) else "")
                 with contextlib.suppress(EnginewrightError):
@@ -179,7 +192,7 @@ class Remote:
         if not isinstance(origin, Remote) or origin.client.base != self.client.base:
             return False
         query = urlencode({"mount": blob.digest, "from": origin.reference.repository})
-        with self._explained(self.reference.name):
+        with explained(self.reference, self.reference.name):
             answer = self.client.request("POST", f"{self.base}/blobs/uploads/?{query}", ok=(201, 202), body=b"")
             answer.drain_conn()
             answer.release_conn()
@@ -190,34 +203,35 @@ class Remote:
         return answer.status == 201
 
     def tags(self) -> list[str]:
-        found: list[str] = []
-        url = f"{self.base}/tags/list?n=1000"
-        with self._explained(self.reference.name):
-            while url:
-                answer = self.client.request("GET", url)
-                said = _json(self._read(answer, MAX_LIST, "its tags"), f"the tags of {self.reference.name}")
-                found += [tag for tag in said.get("tags") or () if isinstance(tag, str)]
-                following = _next(answer.headers.get("Link", ""))
-                url = urljoin(urljoin(self.client.base, url), following) if following else ""
-        return sorted(set(found))
+        found: set[str] = set()
+        with explained(self.reference, self.reference.name):
+            for data in self._pages(f"{self.base}/tags/list?n=1000", "its tags"):
+                said = object_of(data, f"the tags of {self.reference.name}")
+                found.update(tag for tag in said.get("tags") or () if isinstance(tag, str) and TAG.fullmatch(tag))
+        return sorted(found)
 
     def referrers(self, digest: str) -> list[Descriptor]:
-        url, found = f"{self.base}/referrers/{digest}", list[Descriptor]()
-        with self._explained(self.reference.name):
+        with explained(self.reference, self.reference.name):
             try:
-                while url:
-                    answer = self.client.request("GET", url, headers={"Accept": media.INDEX})
-                    data = self._read(answer, MAX_LIST, f"the referrers of {digest}")
-                    found += _listed(data, digest)
-                    following = _next(answer.headers.get("Link", ""))
-                    url = urljoin(urljoin(self.client.base, url), following) if following else ""
-                return found
+                pages = list(self._pages(f"{self.base}/referrers/{digest}", f"the referrers of {digest}"))
+                return [each for data in pages for each in listed(data, digest)]
             except Refused as error:
-                # 400, 403 and 405 are what registries say that know no such path.
+                # What registries say that know no such path.
                 if error.status not in (400, 403, 404, 405, 406):
                     raise
         tag = referrers_tag(digest)
-        return _listed(self.manifest(tag)[1], digest) if self.has_manifest(tag) else []
+        return listed(self.manifest(tag)[1], digest) if self.has_manifest(tag) else []
+
+    def _pages(self, url: str, what: str) -> Iterator[bytes]:
+        """The pages of a list."""
+        for _ in range(MAX_PAGES):
+            answer = self.client.request("GET", url, headers={"Accept": f"{media.INDEX}, application/json"})
+            yield read(self.reference, answer, MAX_LIST, what)
+            following = next_page(answer.headers.get("Link", ""))
+            if not following:
+                return
+            url = urljoin(urljoin(self.client.base, url), following)
+        raise NetworkError(f"{self.reference.name}: {what} have no end", hint="is it a registry?")
 
     def attach(self, manifests: Sequence[bytes], subject: str) -> None:
         unlisted = []
@@ -237,7 +251,7 @@ class Remote:
             after = with_referrers(before, entries, subject)
             if after != before:
                 self.put_manifest(after, media.INDEX, tag)
-            if wanted <= {each.digest for each in _listed(self.manifest(tag)[1], subject)}:
+            if wanted <= {each.digest for each in listed(self.manifest(tag)[1], subject)}:
                 return
             pause(attempt)
         raise NetworkError(f"{self.reference.name}: others write the list {tag} at the same time", hint=AGAIN)
@@ -252,89 +266,8 @@ class Remote:
             raise NetworkError(f"{self.reference.place} names no place for an upload", hint="is it a registry?")
         return urljoin(f"{self.client.base}{self.base}/blobs/uploads/", place)
 
-    def _read(self, answer: Any, limit: int, what: str) -> bytes:
-        import urllib3
-
-        try:
-            data: bytes = answer.read(limit + 1, decode_content=False)
-            while len(data) <= limit and (more := answer.read(limit + 1 - len(data), decode_content=False)):
-                data += more
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise unreachable(self.reference.place, error) from error
-        finally:
-            answer.release_conn()
-        if len(data) > limit:
-            answer.close()
-            raise VerificationError(f"{self.reference.name}: {what} has more than {limit} bytes", hint=TAMPERED)
-        return data
-
     def _stored(self, told: str, meant: str) -> None:
         if told != meant:
             raise VerificationError(
                 f"{self.reference.name}: the registry stored {plain(told)[:80]} where {meant} was sent", hint=TAMPERED
             )
-
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """A status in a user's words."""
-        try:
-            yield
-        except Refused as error:
-            said = f" ({error.message})" if error.message else ""
-            if error.status == 401:
-                raise NetworkError(
-                    f"{self.reference.place} does not know you: {what}: 401{said}",
-                    hint="log in with `docker login`, `podman login` or `skopeo login`, or set ENGINEWRIGHT_REGISTRY, "
-                    "ENGINEWRIGHT_REGISTRY_USER and ENGINEWRIGHT_REGISTRY_PASSWORD",
-                ) from error
-            if error.status == 403:
-                raise NetworkError(
-                    f"{self.reference.place} does not let you do that: {what}: 403{said}",
-                    hint="ask for the right, or log in as somebody who has it",
-                ) from error
-            if error.status == 404:
-                raise NetworkError(
-                    f"{what} is not there{said}", hint=f"`enginewright ls {self.reference.name}` shows what is"
-                ) from error
-            raise NetworkError(
-                f"{self.reference.place} answered {error.status}: {what}{said}",
-                hint=AGAIN if error.status in TRANSIENT else "check the address, and the registry's log",
-            ) from error
-
-
-TAMPERED = "do not use it: the registry's storage is damaged, or something in between alters what it sends"
-
-
-def _with_digest(place: str, digest: str) -> str:
-    parts = urlsplit(place)
-    query = [*((name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)), ("digest", digest)]
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
-
-
-def _starts_at(headers: Any, offset: int) -> bool:
-    told = headers.get("Content-Range", "")
-    return not told or told.removeprefix("bytes ").startswith(f"{offset}-")
-
-
-def _next(link: str) -> str:
-    """The URL of the next page in a Link header."""
-    for part in link.split(","):
-        url, _, relation = part.strip().partition(">")
-        if 'rel="next"' in relation and url.startswith("<"):
-            return url[1:]
-    return ""
-
-
-def _json(data: bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise NetworkError(f"{what} are not what a registry says", hint="check the address")
-    return value
-
-
-def _listed(data: bytes, digest: str) -> list[Descriptor]:
-    value = media.document(data, f"the referrers of {digest}")
-    return [media.descriptor(each, f"the referrers of {digest}") for each in value.get("manifests", ())]
