@@ -88,7 +88,7 @@ def pull(
     with store.using(), transfer.advancing(label, manifest.size_bytes, hidden=quiet) as advance:
         made = pulling.pull(repository, chosen, said, store, destination, advance=advance)
         tag = child_tag(where.tag or version_tag(manifest.version), manifest.target.name)
-        pulling.keep(repository, chosen, said, store, tag)
+        pulling.keep(repository, chosen, said, store, tag, made.path)
     document |= {"path": str(made.path), "fetched_bytes": made.fetched_bytes, "changed": made.changed}
     if form == "json":
         click.echo(json.dumps(document, indent=2))

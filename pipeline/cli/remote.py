@@ -120,7 +120,7 @@ def _prove(
     with store.using(), transfer.advancing(label, manifest.size_bytes, hidden=hidden) as advance:
         pulling.pull(version.repository, target, said, store, destination, advance=advance)
         tag = child_tag(where.tag or version_tag(manifest.version), manifest.target.name)
-        pulling.keep(version.repository, target, said, store, tag)
+        pulling.keep(version.repository, target, said, store, tag, destination)
     proof = verify_run(destination, write=signer is not None)
     if signer:
         new: dict[str, bytes] = {}

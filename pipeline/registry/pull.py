@@ -77,8 +77,13 @@ def pull(
     return Pulled(given, target.artifact_id, fetched, True)
 
 
-def keep(repository: Repository, target: Unpacked, said: Mapping[str, bytes], store: Layout, tag: str) -> None:
-    """Remember a pulled target in the local registry: its manifest, configuration and attestations, under a tag."""
+def keep(
+    repository: Repository, target: Unpacked, said: Mapping[str, bytes], store: Layout, tag: str, artifact: Path
+) -> None:
+    """Remember a pulled target in the local registry under a tag: manifest, configuration, attestations, files.
+
+    A file that was collected since is linked back from the artifact, which has just been verified.
+    """
     found, data = repository.manifest(target.descriptor.digest)
     config = media.descriptor(media.document(data, found.digest).get("config"), found.digest)
     own = next(
@@ -88,6 +93,11 @@ def keep(repository: Repository, target: Unpacked, said: Mapping[str, bytes], st
     )
     for blob, name in ((config, "the configuration"), (own, paths.MANIFEST)):
         fetch(repository, blob, store, name)
+    for path, layer in target.layers.items():
+        where = store.blob_path(layer.digest)
+        if not where.exists():
+            with contextlib.suppress(FileExistsError):  # another pull was faster
+                place(artifact / path, where, "auto")
     store.put_manifest(data, found.media_type, tag)
     attestations.attach(store, target.descriptor, said, target.artifact_id)
 
@@ -103,7 +113,7 @@ def fetch(repository: Repository, blob: Descriptor, store: Layout, name: str, ad
     try:
         store.create()
         with _locked(partial) as stream:
-            if _whole(place, blob):
+            if store.has_blob(blob):
                 partial.unlink()
                 advance(blob.size)
                 return 0
@@ -154,17 +164,6 @@ def _resume(stream: BinaryIO, blob: Descriptor) -> tuple[hashlib._Hash, int]:
         stream.seek(0)
         return hashlib.sha256(), 0
     return digest, stream.tell()
-
-
-def _whole(place: Path, blob: Descriptor) -> bool:
-    """Whether the blob is there and still what its name says: its links in artifacts may have been written to."""
-    try:
-        with os.fdopen(os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as stream:
-            if os.fstat(stream.fileno()).st_size != blob.size:
-                return False
-            return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}" == blob.digest
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,6 @@ def push(
     add: bool = False,
     force: bool = False,
     advance: Advance = quiet,
-    before_tag: Callable[[], None] = lambda: None,
 ) -> Pushed:
     """Store the targets and put the index of the version under `tag` (default: the version), last of all.
 
@@ -103,7 +102,6 @@ def push(
             sent.manifests += 1
         files = attestations.of_folder(each.folder)
         attested += attestations.attach(repository, each.descriptor, files, each.artifact_id)
-    before_tag()
     digest = media.described(media.INDEX, data).digest
     if present != digest:
         repository.put_manifest(data, media.INDEX, tag)

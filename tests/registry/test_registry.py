@@ -224,6 +224,10 @@ def test_the_local_registry(registry: Registry, repository: str, made: Path, tmp
     assert not list((out / ".registry/tiny/blobs/sha256").iterdir())
     assert examine(out / "tiny/cpu").ok
     refused(enginewright("pull", "local:tiny:mine", "--out", out), 7, "is not there")
+    # What was collected comes back from the artifact, without the network's help.
+    again = ok("pull", f"{registry.address}/{repository}:1.0.0", "--out", out, "--format", "json").json
+    assert again["fetched_bytes"] == 0 and not again["changed"]
+    ok("verify", "local:tiny:1.0.0-cpu", "--out", out)
 
 
 def registry_with(registry: Registry, repository: str, made: Path) -> str:
