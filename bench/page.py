@@ -16,6 +16,7 @@ import environments
 import jobs
 import ov_page
 import plots
+import transfer_page
 from jobs import GENAI, OLIVE, OPTIMUM, OURS
 from tables import megabytes, ranged, table
 
@@ -313,52 +314,6 @@ def encoder_quality_section(quality: Figures) -> str:
     )
 
 
-TRANSFERS = "## Registries"
-
-
-def transfer_section(transfer: Figures) -> str:
-    """Push and pull beside curl and oras-py."""
-    machine = transfer["machine"]
-    parts = [
-        TRANSFERS,
-        "",
-        f"One file of random bytes through docker-registry on loopback, {OURS} beside curl and oras-py in one run, the "
-        f"order of the tools changing from round to round. {OURS} checks every byte against its digest while it sends "
-        "and while it receives, and its pull ends with the file on disk (fsync); oras-py hashes what it sends and "
-        "nothing that it receives, curl hashes nothing (the digest is given to it). Python's start is in the figures. "
-        "Each figure is the median (smallest-largest).",
-        "",
-    ]
-    for name, size in transfer["sizes"].items():
-        for verb in ("push", "pull"):
-            rows = []
-            for tool, figures in size["tools"].items():
-                cost = figures[verb]
-                speeds = sorted(size["bytes"] / 1e6 / seconds for seconds in cost["wall_s_range"])
-                told = f"{size['bytes'] / 1e6 / cost['wall_s']:.0f}"
-                told += "" if cost["runs"] == 1 else f" ({speeds[0]:.0f}-{speeds[1]:.0f})"
-                rows.append([tool, told, ranged(cost, "cpu_s", 2), f"{cost['peak_bytes'] / 2**20:.0f}"])
-            rounds = next(iter(size["tools"].values()))[verb]["runs"]
-            parts += [f"{verb} of {name}, {rounds} rounds:", ""]
-            parts += [table(("tool", "MB/s", "CPU s", "peak MiB"), rows), ""]
-    parts += [
-        f"Measured on {transfer['date']}, {machine['processors']} processors, {machine['memory_gb']} GB, load average "
-        f"{min(transfer['load'])} to {max(transfer['load'])}: other work ran at the same time, and MB/s says little "
-        "beyond the order. `python bench/transfer.py`, then `python bench/page.py`.",
-        "",
-    ]
-    return "\n".join(parts)
-
-
-def with_transfers(text: str, transfer: Figures) -> str:
-    """A page whose section on registries is new, and everything else as it was."""
-    before, _, rest = text.partition(f"{TRANSFERS}\n")
-    if not rest:
-        before, _, rest = text.partition("## Versions\n")
-        return f"{before}{transfer_section(transfer)}\n## Versions\n{rest}"
-    return f"{before}{transfer_section(transfer)}\n## {rest.partition(f'{chr(10)}## ')[2]}"
-
-
 def commands_section(found: Mapping[str, Figures]) -> str:
     """What was run, by job and tool."""
     parts = [
@@ -393,11 +348,7 @@ def versions_section(versions: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def page(
-    builds: Figures,
-    decode: Figures | None,
-    quality: Figures | None = None,
-    encoder: Figures | None = None,
-    transfer: Figures | None = None,
+    builds: Figures, decode: Figures | None, quality: Figures | None = None, encoder: Figures | None = None
 ) -> str:
     """The whole page."""
     found, machine = builds["jobs"], builds["machine"]
@@ -437,8 +388,6 @@ def page(
         parts.append(encoder_quality_section(encoder))
     if decode:
         parts += [decode_section(decode), "![Tokens per second](img/bench-decode.svg)", ""]
-    if transfer:
-        parts.append(transfer_section(transfer))
     parts += ["## Versions", "", versions_section(builds["versions"]), "", commands_section(found)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -449,17 +398,15 @@ def _read(name: str) -> Any:
 
 
 def main() -> int:
-    builds, decode, transfer = _read("builds.json"), _read("decode.json"), _read("transfer.json")
-    path: Path = DOCS / "benchmarks.md"
-    if builds is None and transfer:
-        path.write_text(with_transfers(path.read_text("utf-8"), transfer), "utf-8")
-        print(f"{path.relative_to(environments.ROOT)}: the section on registries")
-        return 0
+    builds, decode = _read("builds.json"), _read("decode.json")
     if builds is None:
         raise SystemExit("there are no figures yet: run bench/builds.py")
-    path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json"), transfer), "utf-8")
+    path: Path = DOCS / "benchmarks.md"
+    path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
     if openvino := _read("openvino.json"):
         ov_page.write(openvino, path)
+    if transfer := _read("transfer.json"):
+        transfer_page.write(transfer, path)
     plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
     if decode:
         plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")

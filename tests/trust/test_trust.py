@@ -423,11 +423,11 @@ def test_openssf_model_signing_both_ways(release: Path, signed: Path, tmp_path: 
     ignored = ("--ignore-paths", str(signed / ".attest"), "--no-ignore-git-paths")
     assert run(*ours, "sign", place, "--key", str(tmp_path / "k.key"), "--model-signing") == 0
     assert run(*check) == 0
-    public = ("--public-key", str(tmp_path / "k.pub"))
+    public = ("--public_key", str(tmp_path / "k.pub"))
     judge = (*theirs, "verify", "key", place, "--signature", sig, *public, *ignored)
     assert run(*judge) == 0
     Path(sig).unlink()
-    private = ("--private-key", str(tmp_path / "k.key"))
+    private = ("--private_key", str(tmp_path / "k.key"))
     assert run(*theirs, "sign", "key", place, *private, "--signature", sig, *ignored) == 0
     assert run(*check) == 0
     (signed / "evil.py").write_text("x")
