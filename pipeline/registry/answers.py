@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from pipeline.errors import NetworkError, VerificationError
 from pipeline.registry import media
@@ -65,9 +65,7 @@ def read(reference: Reference, answer: Any, limit: int, what: str) -> bytes:
 
 def with_digest(place: str, digest: str) -> str:
     """Where an upload ends: its place, with the digest in the query."""
-    parts = urlsplit(place)
-    query = [*((name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)), ("digest", digest)]
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+    return f"{place}{'&' if '?' in place else '?'}digest={quote(digest)}"
 
 
 def starts_at(headers: Any, offset: int) -> bool:

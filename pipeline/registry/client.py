@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.errors import NetworkError, RecipeError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CONNECT_S = 10.0
 SILENCE_S = 60.0
 """How long a registry may stay silent in the middle of an answer."""
+COMMIT_S = 600.0
+"""How long it may take to store a blob that has arrived: some move gigabytes then."""
 ATTEMPTS = 6
 BACKOFF_S = 0.5
 """Wait after the first failure; it doubles, with jitter."""
@@ -63,7 +65,7 @@ class Client:
         self.base = f"{self.scheme}://{host}"
         self._authorization = ""
         self._answered = False
-        self._pools: dict[str, PoolManager] = {}
+        self._pools: dict[tuple[str, str], PoolManager] = {}
         if self._in_the_clear(self.base):
             raise RecipeError(
                 f"{host} would be spoken to in the clear, without TLS",
@@ -165,7 +167,7 @@ class Client:
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
-                timeout=urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S),
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=COMMIT_S if method == "PUT" else SILENCE_S),
             )
         except urllib3.exceptions.HTTPError as error:
             raise unreachable(self.host, error) from error
@@ -180,12 +182,14 @@ class Client:
         proxy = urllib.request.getproxies_environment().get(scheme, "")
         if proxy and urllib.request.proxy_bypass(host):
             proxy = ""
-        if proxy not in self._pools:
-            context = ssl.create_default_context()
-            self._pools[proxy] = (
-                urllib3.ProxyManager(proxy, ssl_context=context) if proxy else urllib3.PoolManager(ssl_context=context)
+        if (scheme, proxy) not in self._pools:
+            # Reading the system's authorities takes longer than a request on loopback.
+            secure: dict[str, Any] = (
+                {"ssl_context": ssl.create_default_context()} if "https" in (scheme, proxy[:5]) else {}
             )
-        return self._pools[proxy]
+            made = urllib3.ProxyManager(proxy, **secure) if proxy else urllib3.PoolManager(**secure)
+            self._pools[scheme, proxy] = made
+        return self._pools[scheme, proxy]
 
     def _in_the_clear(self, url: str) -> bool:
         """Whether others on the network could read along."""

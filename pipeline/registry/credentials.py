@@ -18,6 +18,9 @@ from typing import Any
 from pipeline.errors import NetworkError, RecipeError
 
 HELPER_S = 30
+HUB = "registry-1.docker.io"
+HUB_NAMES = ("index.docker.io", "docker.io")
+"""What Docker Hub is called, and by what `docker login` knows it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def _from_file(path: Path, host: str) -> Credentials | None:
         config = json.loads(path.read_bytes())
         helpers, auths = config.get("credHelpers") or {}, config.get("auths") or {}
         helper = helpers.get(host) or config.get("credsStore")
-        names = [name for name in auths if _host(name) == host]
+        hosts = (host, *HUB_NAMES) if host == HUB else (host,)
+        names = [name for name in auths if _host(name) in hosts]
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", hint="log in again, or set DOCKER_CONFIG") from None
     if helper and (found := _from_helper(str(helper), names[0] if names else host)):

@@ -19,6 +19,7 @@ from pipeline.registry.answers import (
     with_digest,
 )
 from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, MisledError, Refused, pause, unreachable
+from pipeline.registry.credentials import HUB, HUB_NAMES
 from pipeline.registry.fallback import keep_tag, listed_as, referrers_tag, with_referrers
 from pipeline.registry.media import Descriptor
 from pipeline.registry.origin import plain
@@ -35,7 +36,8 @@ class Remote:
 
     def __init__(self, reference: Reference, *, plain_http: bool = False, client: Client | None = None) -> None:
         self.reference = reference
-        self.client = client or Client(reference.place, scheme=reference.scheme, plain_http=plain_http)
+        host = HUB if reference.place in HUB_NAMES else reference.place
+        self.client = client or Client(host, scheme=reference.scheme, plain_http=plain_http)
         self.base = f"/v2/{reference.repository}"
         self._damaged: set[str] = set()
         """Blobs of another size than was announced. Some registries keep them, whatever is sent."""

@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.errors import RecipeError
-from pipeline.registry import auth, credentials, media
+from pipeline.registry import auth, credentials, media, reference
 from pipeline.registry.origin import is_loopback
+from pipeline.registry.remote import Remote
 from tests.registry.door import enginewright, ok, refused
 from tests.registry.proxy import Proxy
 from tests.registry.server import Registry
@@ -88,6 +89,15 @@ def test_a_credential_helper(
         credentials.find("x.org")
     config.write_text("{")
     refused(enginewright("push", made, ref), 64, str(config), "log in again")
+
+
+def test_docker_hub_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    login(tmp_path, monkeypatch, "https://index.docker.io/v1/")
+    for name in ("docker.io", "index.docker.io", "registry-1.docker.io"):
+        client = Remote(reference.parse(f"{name}/org/model:1")).client
+        assert client.base == "https://registry-1.docker.io"
+        found = credentials.find(client.host)
+        assert found and found.user == "wright" and "right" not in repr(found).replace("wright", "")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,7 @@ def _native(state: Native) -> type[BaseHTTPRequestHandler]:
             if kind == "blobs" and self.command == "POST":
                 self.send(202, Location="/v2/x/blobs/uploads/1?state=a%20b")
             elif kind == "blobs" and self.command == "PUT":
-                assert "state=a+b" in self.path and self.path.endswith(digest.replace(":", "%3A"))
+                assert "?state=a%20b&" in self.path and self.path.endswith(digest.replace(":", "%3A"))
                 state.blobs[digest] = body
                 self.send(201)
             elif kind == "blobs":
