@@ -193,6 +193,7 @@ def _publish(
                     about, **stamp, steps=steps, host=_host(hardware), versions={"enginewright": __version__}
                 ),
                 "parity": attest.parity(each.result, about.gates, about.build_key),
+                **({"parity-graph": attest.parity(each.graph, about.gates, about.build_key)} if each.graph else {}),
             },
         )
     return made
