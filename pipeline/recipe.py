@@ -94,6 +94,25 @@ class Parity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prune:
+    """2:4 sparsity: of every four neighbouring weights of a layer's products, two become zero.
+
+    The parity gates compare with the unpruned model, so they show the cost: expect to set `gates` of your own. NVIDIA
+    GPUs from compute capability 8.0 on skip the zeros (targets `tensorrt`, `tensorrt-rtx`).
+    """
+
+    method: Literal["auto", "wanda", "magnitude"] = option(
+        "auto",
+        "What a weight is judged by: its size times the activations that it meets on the calibration data, or its size "
+        "alone. `auto`: wanda where the recipe has calibration data that the model can read, else magnitude.",
+    )
+    pattern: Literal["2:4"] = option("2:4", "How many stay of how many.")
+    exclude: tuple[str, ...] = option(
+        tuple, "Products to leave dense, by name; `*` and `?` as in file names.", example="['*layer.0.*']"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetOptions:
     """What every target has in common. A backend's own options extend this class."""
 
@@ -107,6 +126,7 @@ class TargetOptions:
     unquantized_gates: dict[str, float | None] = option(
         dict, "Gates of the same engine before quantization, over the defaults of fp32.", example="{kld_mean: 1e-7}"
     )
+    prune: Prune | None = option(None, "Prune the model before anything reads its weights.", example="{method: wanda}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from pipeline.plain import to_plain
 from pipeline.plan import Plan, PlannedStep
 from pipeline.source import Source as Pinned
 from pipeline.store import Entry
-from pipeline.targets import Job, load
+from pipeline.targets import Facts, Job, load
 
 PACKAGED = ("engine", "golden")
 """The steps whose files an artifact holds."""
@@ -56,12 +56,15 @@ def manifest_facts(
         recipe=resolved_recipe(job, name),
         sources=sources,
         stages=tuple(_stage(step, own, results[step.key]) for step in steps),
-        target=Target(name=name, os=hardware.os, arch=hardware.arch, isa=said.isa, device=Device(kind=said.device)),
+        target=Target(name=name, os=hardware.os, arch=hardware.arch, isa=said.isa, device=_device(said)),
         runtime=Runtime(
             engine=options.runtime,
             layout=said.layout,
             entry=said.entry,
-            requires={package: Requirement(min=version) for package, version in said.requires.items()},
+            requires={
+                **{package: Requirement(min=version) for package, version in said.requires.items()},
+                **{package: Requirement(exact=version) for package, version in said.exact.items()},
+            },
             command=said.command,
             settings=freeze(engine.get("settings") or {}),
         ),
@@ -88,6 +91,10 @@ def build_key(job: Job, name: str, keys: Mapping[str, str]) -> str:
 def resolved_recipe(job: Job, name: str) -> Any:
     """The recipe of one target, every default written out, as a manifest holds it."""
     return freeze(_recipe(job, name))
+
+
+def _device(said: Facts) -> Device:
+    return Device(kind=said.device, compute_capability=said.compute_capability, min_driver=said.min_driver or None)
 
 
 def _sources(job: Job) -> list[tuple[str, Pinned]]:

@@ -74,6 +74,8 @@ class Device:
     kind: str = _checked(paths.text_problem, "cpu")
     compute_capability: tuple[str, ...] = ()
     min_memory_bytes: int | None = _checked(paths.size_problem, None)
+    min_driver: str | None = None
+    """Oldest driver of the device that runs the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,6 +195,7 @@ def _publish(
                 ),
                 "parity": attest.parity(each.result, about.gates, about.build_key),
                 "sbom": sbom(about),
+                **({"parity-graph": attest.parity(each.graph, about.gates, about.build_key)} if each.graph else {}),
             },
         )
     return made

@@ -122,6 +122,7 @@ def _facts(manifest: Manifest, identity: str, path: str) -> list[tuple[str, str]
         ("machine", " ".join((target.os, target.arch, target.device.kind, *target.device.compute_capability))),
         ("needs", " ".join(target.isa)),
         ("memory", megabytes(target.device.min_memory_bytes) if target.device.min_memory_bytes else ""),
+        ("driver", f"{target.device.min_driver} or newer" if target.device.min_driver else ""),
         ("runtime", f"{runtime.engine}, layout {runtime.layout}, opens {runtime.entry}"),
         ("packages", ", ".join(needs)),
         ("command", card.command(manifest, path)),

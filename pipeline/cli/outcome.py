@@ -39,15 +39,17 @@ class Judged:
     precision: str
     kind: str
     size_bytes: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     worst: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     result: ParityResult
+    graph: ParityResult | None = None
+    """Of an engine that cannot run here: how the graph that it was compiled from did, in another runtime."""
 
     @property
     def outcome(self) -> Outcome:
-        """One word for all the gates."""
-        return gates.overall(self.verdicts)
+        """One word for all the gates. An engine whose graph failed them has failed."""
+        return Outcome.FAILED if self.graph and self.graph.failed else gates.overall(self.verdicts)
 
 
 def judge(prepared: Prepared, results: Mapping[str, Entry]) -> list[Judged]:
@@ -67,26 +69,37 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
     if "reference" in keys:  # without a parity step nothing ran here, and every gate is deferred
         measured = report["metrics"] if "parity" in keys else None
         verdicts = gates.evaluate(measured, job.kind, precision, target.gates, job.task)
+    graph = None
+    if "parity.graph" in keys:
+        stand_in = _json(results[keys["parity.graph"]].out / "report.json")
+        graph = _result(stand_in, gates.evaluate(stand_in["metrics"], job.kind, precision, target.gates, job.task))
     if "parity.unquantized" in keys:
         before = _json(results[keys["parity.unquantized"]].out / "report.json")
         _check_structure(name, before["metrics"], job, target)
     if "parity.f32" in keys and gates.overall(verdicts) is not Outcome.FAILED:
         plain = _json(results[keys["parity.f32"]].out / "report.json")
         _check_weights(name, gates.evaluate(plain["metrics"], job.kind, precision, target.gates, job.task))
-    outcome = gates.overall(verdicts)
+    result = _result(report, verdicts, _why_not(keys, verdicts))
+    shown = graph.metrics if graph and "parity" not in keys else report["metrics"]
+    worst = graph.worst if graph and "parity" not in keys else report["worst"]
+    return Judged(name, precision, job.kind, engine.size_bytes, shown, worst, verdicts, result, graph)
+
+
+def _result(report: Mapping[str, Any], verdicts: tuple[Verdict, ...], reason: str = "") -> ParityResult:
+    """A report and its verdicts as an attestation says them."""
     by = {o: tuple(v.metric for v in verdicts if v.outcome is o) for o in Outcome}
     words = {Outcome.PASSED: "passed", Outcome.FAILED: "failed"}
-    result = ParityResult(
-        verdict=words.get(outcome, "deferred"),  # type: ignore[arg-type]
+    failed = "; ".join(gates.explain(v) for v in verdicts if v.outcome is Outcome.FAILED)
+    return ParityResult(
+        verdict=words.get(gates.overall(verdicts), "deferred"),  # type: ignore[arg-type]
         metrics={k: v for k, v in report["metrics"].items() if v is not None},
         passed=by[Outcome.PASSED],
         failed=by[Outcome.FAILED],
         skipped=by[Outcome.OFF],
-        reason=_why_not(keys, verdicts),
+        reason=reason or failed,
         samples=int(report["samples"]),
         worst=report["worst"],
     )
-    return Judged(name, precision, job.kind, engine.size_bytes, report["metrics"], report["worst"], verdicts, result)
 
 
 def _why_not(keys: Mapping[str, str], verdicts: tuple[Verdict, ...]) -> str:
@@ -129,6 +142,8 @@ def _json(path: Path) -> Any:
 def why(judged: Judged) -> list[str]:
     """Every failed gate with value and threshold, and where it was worst."""
     lines = [f"{judged.target}: {gates.explain(v)}" for v in judged.verdicts if v.outcome is Outcome.FAILED]
+    if judged.graph and judged.graph.failed:
+        lines += [f"{judged.target}: its graph on another runtime: {line}" for line in judged.graph.reason.split("; ")]
     if judged.worst:
         lines.append(f"{judged.target}: worst sample: {json.dumps(judged.worst, ensure_ascii=False)[:400]}")
     return lines
@@ -143,7 +158,7 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
             each.precision,
             megabytes(each.size_bytes),
             *(_number(each.metrics.get(metric)) for metric in shown),
-            f"{sum(v.passed for v in each.verdicts)}/{len(each.verdicts)} {each.outcome}",
+            _gates(each),
             _place(made.get(each.target)),
         )
         for each in judged
@@ -151,6 +166,15 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
     lines = [table(("TARGET", "PRECISION", "SIZE", *(m.upper() for m in shown), "GATES", "ARTIFACT"), rows)]
     lines += [f"{name}  {each.artifact_id}" for name, each in made.items()]
     return "\n".join(lines)
+
+
+def _gates(judged: Judged) -> str:
+    """`8/8 passed`; of an engine that did not run here, its graph's gates as well."""
+    own = f"{sum(v.passed for v in judged.verdicts)}/{len(judged.verdicts)} {gates.overall(judged.verdicts)}"
+    if judged.graph is None:
+        return own
+    graph = judged.graph
+    return f"graph {len(graph.passed)}/{len(graph.passed) + len(graph.failed)} {graph.verdict}, engine {own}"
 
 
 def _place(assembled: Assembled | None) -> str:
@@ -184,6 +208,7 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
                     }
                     for v in each.verdicts
                 ],
+                **({"graph": _graph(each.graph)} if each.graph else {}),
                 "artifact": str(made[each.target].path) if each.target in made else None,
                 "artifact_id": made[each.target].artifact_id if each.target in made else None,
                 "changed": made[each.target].changed if each.target in made else False,
@@ -191,6 +216,20 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
             for each in judged
         ],
     }
+
+
+def _graph_suite(suites: ElementTree.Element, name: str, graph: ParityResult) -> None:
+    """The gates of the graph that stands for an engine which did not run."""
+    tests, failures = str(len(graph.passed) + len(graph.failed)), str(len(graph.failed))
+    suite = ElementTree.SubElement(suites, "testsuite", name=name, tests=tests, failures=failures)
+    for metric in (*graph.passed, *graph.failed):
+        case = ElementTree.SubElement(suite, "testcase", classname=name.replace("/", "."), name=metric)
+        if metric in graph.failed:
+            ElementTree.SubElement(case, "failure", message=graph.reason)
+
+
+def _graph(graph: ParityResult) -> dict[str, Any]:
+    return {"outcome": graph.verdict, "passed": list(graph.passed), "failed": list(graph.failed)}
 
 
 def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
@@ -212,6 +251,8 @@ def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
                 ElementTree.SubElement(case, "failure", message=gates.explain(verdict))
             elif verdict.outcome is not Outcome.PASSED:
                 ElementTree.SubElement(case, "skipped", message=str(verdict.outcome))
+        if each.graph:
+            _graph_suite(suites, f"{name}/{each.target}/graph", each.graph)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)

@@ -20,6 +20,7 @@ from pipeline.run import toolchain
 from pipeline.stages.tasks import kind_of, task_of
 from pipeline.store import Store
 from pipeline.targets import Job, Kind
+from pipeline.targets.pruning import with_pruning
 
 NAME_LENGTH = 100
 """Of a recipe or a target; file systems take 255, and beside an artifact lie folders with a longer name."""
@@ -86,7 +87,8 @@ def prepare(
         hardware[name] = machines.load(options.hardware)
         gates.check(options.gates, job.kind)
         gates.check(options.unquantized_gates, job.kind)
-        steps[name] = (targets.load(options.runtime).steps(job, name, options, hardware[name]), hardware[name])
+        made = targets.load(options.runtime).steps(job, name, options, hardware[name])
+        steps[name] = (with_pruning(job, options, made), hardware[name])
 
     def versions(distribution: str, chain: str) -> str:
         try:

@@ -56,11 +56,12 @@ def write_engine(
     precision: str,
     quantization: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    runtime: str = "onnxruntime",
 ) -> None:
     """engine.json: what export.json says, and what was made of it."""
     engine = {
         **export,
-        "runtime": "onnxruntime",
+        "runtime": runtime,
         "precision": precision,
         "quantization": quantization,
         "settings": dict(settings),

@@ -10,14 +10,14 @@ Legend: B batch, S new tokens, T past and new tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pipeline.stages.checkpoint import Checkpoint
 from pipeline.stages.decoder_left import refuse_left_over
 from pipeline.stages.onnx_families import Decoder, Rope
-from pipeline.stages.onnx_graph import MICROSOFT, Graph
+from pipeline.stages.onnx_graph import MICROSOFT, OPSET, Graph
 from pipeline.stages.onnx_rope import rope_tables
 
 TABLES = ("cos_cache", "sin_cache")
@@ -32,24 +32,27 @@ def build_decoder(decoder: Decoder, checkpoint: Checkpoint, positions: int) -> G
     Outputs: logits [B, S, V] fp32, present.{i}.key|value. StageError when a tensor is missing or of a wrong shape,
     UnavailableError when the checkpoint holds tensors that this graph would leave out.
     """
-    return _Builder(decoder, checkpoint, positions).build()
+    return DecoderBuilder(decoder, checkpoint, positions).build()
 
 
-class _Builder:
+class DecoderBuilder:
+    """What the decoders of all families share. A runtime with other operators overrides the methods that name them."""
+
+    opset = OPSET
+
     def __init__(self, decoder: Decoder, checkpoint: Checkpoint, positions: int) -> None:
         self.d = decoder
         self.checkpoint = checkpoint
         self.positions = positions
-        self.g = Graph(decoder.family)
+        self.g = Graph(decoder.family, self.opset)
         self.used: set[str] = set()
         self.tables: dict[Rope, tuple[str, str]] = {}
 
     def build(self) -> Graph:
+        """The finished graph."""
         d, g = self.d, self.g
-        g.input("input_ids", "int64", ["batch", "sequence"])
-        g.input("attention_mask", "int64", ["batch", "total_sequence"])
         g.output("logits", "float32", ["batch", "sequence", d.vocab])
-        self._padding()
+        self._start()
         embedding = self._weight("model.embed_tokens.weight", {"vocab_size": d.vocab, "hidden_size": d.hidden})
         hidden = g.node("Gather", [embedding, self.ids], "model.embed_tokens")
         if d.embed_scale != 1:
@@ -59,14 +62,13 @@ class _Builder:
         for layer in range(d.layers):
             hidden, skip = self._layer(layer, hidden, skip)
         hidden, _ = self._norm("model.norm", hidden, skip)
-        back = g.node("Unsqueeze", [self.undo, g.constant([-1])], "padding.undo_3d")
-        hidden = g.node("GatherND", [hidden, back], "padding.rolled_back", batch_dims=1)
+        hidden = self._end(hidden)
         if not d.tied:
             embedding = self._weight("lm_head.weight", {"vocab_size": d.vocab, "hidden_size": d.hidden})
         else:
             self.used.add("lm_head.weight")
         raw = [] if d.logit_softcap else ["logits"]
-        logits = g.node("FusedMatMul", [hidden, embedding], "lm_head", outputs=raw, domain=MICROSOFT, transB=1)
+        logits = self._product("lm_head", hidden, embedding, raw)
         if d.logit_softcap:
             cap = g.constant(d.logit_softcap, "float32")
             small = g.node("Tanh", [g.node("Div", [logits, cap], "logits.scaled")], "logits.tanh")
@@ -74,9 +76,11 @@ class _Builder:
         refuse_left_over(self.checkpoint, self.used, d)
         return g
 
-    def _padding(self) -> None:
+    def _start(self) -> None:
         """input_ids rolled to the left, and what GroupQueryAttention wants to know of lengths."""
         g = self.g
+        g.input("input_ids", "int64", ["batch", "sequence"])
+        g.input("attention_mask", "int64", ["batch", "total_sequence"])
         one = g.constant(1)
         size = g.node("Shape", ["input_ids"], "padding.new", start=1, end=2)
         size = g.node("Squeeze", [size], "padding.new_scalar")
@@ -95,6 +99,11 @@ class _Builder:
         order = g.node("Mod", [g.node("Add", [steps, first], "padding.from"), size], "padding.order")
         self.undo = g.node("Mod", [g.node("Sub", [steps, first], "padding.back"), size], "padding.undo")
         self.ids = g.node("GatherElements", ["input_ids", order], "padding.rolled", axis=1)
+
+    def _end(self, hidden: str) -> str:
+        """The hidden states rolled back to where their tokens were."""
+        back = self.g.node("Unsqueeze", [self.undo, self.g.constant([-1])], "padding.undo_3d")
+        return self.g.node("GatherND", [hidden, back], "padding.rolled_back", batch_dims=1)
 
     def _layer(self, index: int, hidden: str, skip: str) -> tuple[str, str]:
         d, name = self.d, f"model.layers.{index}"
@@ -210,11 +219,15 @@ class _Builder:
 
     def _linear(self, name: str, hidden: str, shape: Mapping[str, int], bias: bool) -> str:
         weight = self._weight(f"{name}.weight", shape)
-        product = self.g.node("FusedMatMul", [hidden, weight], name, domain=MICROSOFT, transB=1)
+        product = self._product(name, hidden, weight)
         if not bias:
             return product
         size = next(iter(shape.items()))
         return self.g.node("Add", [product, self._weight(f"{name}.bias", dict([size]))], f"{name}.biased")
+
+    def _product(self, name: str, hidden: str, weight: str, outputs: Sequence[str] = ()) -> str:
+        """`hidden` times a weight that is stored [N, K]."""
+        return self.g.node("FusedMatMul", [hidden, weight], name, outputs=outputs, domain=MICROSOFT, transB=1)
 
     def _weight(self, name: str, shape: Mapping[str, int]) -> str:
         self.used.add(name)

@@ -19,8 +19,8 @@ MICROSOFT = "com.microsoft"
 class Graph:
     """A graph under construction. Every method that adds a node returns the name of its output."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, opset: int = OPSET) -> None:
+        self.name, self.opset = name, opset
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.inputs: list[Any] = []
@@ -106,7 +106,9 @@ class Graph:
         import onnx
 
         graph = onnx.helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, self.initializers)
-        opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        if any(node.domain == MICROSOFT for node in self.nodes):
+            opsets.append(onnx.helper.make_opsetid(MICROSOFT, 1))
         return onnx.helper.make_model(graph, producer_name="enginewright", ir_version=IR_VERSION, opset_imports=opsets)
 
 

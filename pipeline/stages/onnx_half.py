@@ -1,8 +1,8 @@
-"""Turn a graph that computes in fp32 into one that computes in fp16: types of nodes, caches and the interface.
+"""Turn a graph that computes in fp32 into one that computes in 16 bits: types of nodes, caches and the interface.
 
-Caches (past, present, cross) become fp16; every other float input and output stays fp32 behind a Cast, so callers see
-the same interface. Weights are not touched here: they are halved as they stream. CUDA multiplies in fp16; on a CPU,
-ONNX Runtime keeps caches in fp16, widens the weights when it loads them and multiplies in fp32.
+Caches (past, present, cross) become fp16 (or bf16); every other float input and output stays fp32 behind a Cast, so
+callers see the same interface. Weights are not touched here: they are halved as they stream. CUDA multiplies in fp16;
+on a CPU, ONNX Runtime keeps caches in fp16, widens the weights when it loads them and multiplies in fp32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ CACHES = ("past_key_values.", "present.", "cross_key_values.")
 LARGEST = float(np.finfo(np.float16).max)
 
 
-def halve(graph: ExportedGraph) -> None:
-    """Edit `graph` in place. Values beyond fp16's range in constants (masks) become its largest finite value."""
+def halve(graph: ExportedGraph, kind: int = FLOAT16) -> None:
+    """Edit `graph` in place. Values beyond fp16's range in constants (masks) become its largest finite value.
+
+    `kind` is FLOAT16 or BFLOAT16.
+    """
     import onnx
 
     proto = graph.proto.graph
@@ -27,18 +30,18 @@ def halve(graph: ExportedGraph) -> None:
     for value in proto.input:
         if value.type.tensor_type.elem_type == FLOAT and value.name in graph.consumers:
             if value.name.startswith(CACHES):
-                value.type.tensor_type.elem_type = FLOAT16
+                value.type.tensor_type.elem_type = kind
             else:
                 inner = f"{value.name}.fp16"
                 graph.rename(value.name, inner)
-                before.append(onnx.helper.make_node("Cast", [value.name], [inner], name=inner, to=FLOAT16))
+                before.append(onnx.helper.make_node("Cast", [value.name], [inner], name=inner, to=kind))
     for node in proto.node:
-        _retype(node)
+        _retype(node, kind)
     for value in proto.output:
         if value.type.tensor_type.elem_type != FLOAT:
             continue
         if value.name.startswith(CACHES):
-            value.type.tensor_type.elem_type = FLOAT16
+            value.type.tensor_type.elem_type = kind
         else:
             inner = f"{value.name}.fp16"
             producer = graph.producers[value.name]
@@ -55,19 +58,29 @@ def half(values: Any, largest: float = LARGEST) -> Any:
     return np.clip(values, -largest, largest).astype(np.float16)
 
 
-def _retype(node: Any) -> None:
+def narrow(values: Any, kind: int) -> Any:
+    """fp32 -> the type `kind`: fp16, clipped to its finite range, or bf16, rounded to nearest."""
+    if kind == FLOAT16:
+        return half(values)
+    import ml_dtypes
+
+    return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16)
+
+
+def _retype(node: Any, kind: int) -> None:
     import onnx
 
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype", "stash_type") and attribute.i == FLOAT:
             if attribute.name != "stash_type":  # norms go on accumulating in fp32
-                attribute.i = FLOAT16
+                attribute.i = kind
         elif attribute.HasField("t") and attribute.t.data_type == FLOAT:
-            array = half(onnx.numpy_helper.to_array(attribute.t))
+            array = narrow(onnx.numpy_helper.to_array(attribute.t), kind)
             attribute.t.CopyFrom(onnx.numpy_helper.from_array(array, attribute.t.name))
         elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
-            array = half(np.array(attribute.f if attribute.name == "value_float" else attribute.floats, np.float32))
+            given = np.array(attribute.f if attribute.name == "value_float" else attribute.floats, np.float32)
+            array = narrow(given, kind)
             attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
         for graph in [attribute.g, *attribute.graphs]:
             for inner in graph.node:
-                _retype(inner)
+                _retype(inner, kind)

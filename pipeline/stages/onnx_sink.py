@@ -48,6 +48,8 @@ class Sink:
             raise ValueError(f"initializer '{name}' is declared twice")
         itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
         size: int = int(np.prod(dims, dtype=np.int64)) * itemsize
+        if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+            size = -(-size // 2)  # two to a byte; numpy's own type takes a byte for each
         self._places[name] = _Place(onnx.TensorProto(name=name, dims=dims, data_type=kind), size)
         return size
 

@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from pipeline.errors import UnavailableError
 from pipeline.stages.checkpoint import Tensor
-from pipeline.stages.onnx_half import LARGEST, half
+from pipeline.stages.onnx_half import LARGEST, half, narrow
 from pipeline.stages.onnx_nbits import F32, Algorithm, quantize, shapes
 from pipeline.stages.onnx_sink import Sink
-from pipeline.stages.onnx_sources import FLOAT, FLOAT16
+from pipeline.stages.onnx_sources import BFLOAT16, FLOAT, FLOAT16
 
 _SLICE_BYTES = 1 << 20
 """Quantization works on slices of this size, so that its passes stay in the cache."""
@@ -27,6 +27,8 @@ def stream(sink: Sink, source: Tensor, kind: int) -> None:
             values = source.rows(start, stop)
         elif kind == FLOAT16 and source.dtype != "F16":
             values = _halved(source, source.rows(start, stop))
+        elif kind == BFLOAT16 and source.dtype != "BF16":
+            values = narrow(source.rows(start, stop), BFLOAT16)
         else:
             values = source.rows(start, stop, "native")
         sink.write(source.name, values, offset)

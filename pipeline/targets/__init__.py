@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -44,6 +44,12 @@ class Facts:
     """The command that serves or tries the artifact; `{artifact}` stands for its folder."""
     device: str
     isa: tuple[str, ...]
+    exact: Mapping[str, str] = field(default_factory=dict)
+    """Distribution of the runtime -> the only version that serves it."""
+    compute_capability: tuple[str, ...] = ()
+    """Of CUDA devices that run it, as in `8.9`; empty: any."""
+    min_driver: str = ""
+    """Oldest driver of the device; empty: any."""
 
 
 class Target(Protocol):

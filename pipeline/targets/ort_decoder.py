@@ -65,8 +65,8 @@ class OrtDecoder:
         first = None
         if self._shape.shared:
             # GroupQueryAttention takes a row's length from its mask, so its tokens must begin at the row's start.
-            first = _starts(mask)
-            ids, mask = _rolled(ids, first), _rolled(mask, first)
+            first = starts(mask)
+            ids, mask = rolled(ids, first), rolled(mask, first)
         feeds: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in self._graph.inputs:
             feeds["position_ids"] = positions_of(mask)
@@ -74,7 +74,7 @@ class OrtDecoder:
             feeds[name] = np.zeros((len(ids), self._shape.heads, 0, self._shape.head_dim), self._graph.dtype(name))
         outputs = self._graph.run(["logits"], feeds)
         if first is not None:
-            outputs["logits"] = _rolled(outputs["logits"], -first)
+            outputs["logits"] = rolled(outputs["logits"], -first)
         return outputs
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Iterator[Token]:
@@ -181,11 +181,11 @@ def positions_of(mask: Array) -> Array:
     return np.asarray(np.maximum(mask.cumsum(axis=1) - 1, 0))
 
 
-def _starts(mask: Array) -> Array:
+def starts(mask: Array) -> Array:
     """Place of every row's first token. Raises RecipeError where a row has none, or padding in its middle."""
     first = (mask != 0).argmax(axis=1)
-    rolled = _rolled(mask, first) != 0
-    if not rolled[:, 0].all() or (np.diff(rolled.astype(np.int8), axis=1) > 0).any():
+    seen = rolled(mask, first) != 0
+    if not seen[:, 0].all() or (np.diff(seen.astype(np.int8), axis=1) > 0).any():
         raise RecipeError(
             "attention_mask has a row without tokens, or with padding between tokens",
             hint="put padding at the start or at the end of a row",
@@ -193,7 +193,7 @@ def _starts(mask: Array) -> Array:
     return np.asarray(first)
 
 
-def _rolled(array: Array, first: Array) -> Array:
+def rolled(array: Array, first: Array) -> Array:
     """Every row [T, ...] turned so that the place first[row] comes to the start."""
     if not first.any():
         return array

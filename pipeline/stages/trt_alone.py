@@ -1,0 +1,134 @@
+"""Compile a plan in a process of its own, arranged so that the same graph gives the same bytes.
+
+TensorRT-RTX orders some of what it writes by the addresses of objects and by which of its threads comes first: of six
+builds of one graph, one or two differed, in a dozen bytes. On one core and with addresses that are not randomized, none
+did. Its environment, folder and arguments are the same in every build, too, because they move addresses.
+
+`python -P -m pipeline.stages.trt_alone`, in a folder with job.json and model.onnx, writes plan and built.json there. On
+standard output it says {"progress": [...]} a line, and at last {"error": {...}} or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BY_EXIT_CODE, EnginewrightError, StageError
+from pipeline.plain import from_plain, to_plain
+from pipeline.stages import trt_api
+from pipeline.stages.trt_build import Build, Built, Profile, build
+from pipeline.stages.trt_flavours import flavour
+from pipeline.step import Progress
+
+_NO_RANDOMIZE = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
+_SETTLED = "ENGINEWRIGHT_SETTLED"
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
+"""Variables that the process needs; all others could differ between two builds."""
+
+
+def build_alone(
+    name: str,
+    onnx: Path,
+    profiles: Sequence[Profile],
+    options: Build,
+    capabilities: Sequence[str],
+    *,
+    sparse: bool,
+    progress: Progress,
+) -> Built:
+    """`trt_build.build` of the flavour `name` in such a process. Its errors, and StageError when the process dies."""
+    with tempfile.TemporaryDirectory(prefix="enginewright-trt-") as scratch:
+        place = Path(scratch)
+        for path in onnx.parent.glob(f"{onnx.name}*"):
+            (place / path.name).symlink_to(path.resolve())
+        job = {
+            "flavour": name,
+            "onnx": onnx.name,
+            "profiles": [dict(profile) for profile in profiles],
+            "options": to_plain(options),
+            "capabilities": list(capabilities),
+            "sparse": sparse,
+        }
+        (place / "job.json").write_text(json.dumps(job), "utf-8")
+        environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
+        root = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+        command = [sys.executable, "-P", "-m", "pipeline.stages.trt_alone"]
+        child = subprocess.Popen(
+            command, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+            env={**environment, "PYTHONHASHSEED": "0"},
+        )  # fmt: skip
+        error: dict[str, Any] | None = None
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                said = json.loads(line) if line.startswith("{") else {}
+                if "progress" in said:
+                    progress(*said["progress"])
+                error = said.get("error", error)
+        finally:
+            child.kill()  # of a process that has ended, nothing; of one that is no longer wanted, the end
+            child.wait()
+        if error:
+            raise BY_EXIT_CODE.get(error["exit_code"], StageError)(error["message"], hint=error["hint"])
+        if not (place / "built.json").is_file():
+            raise StageError(
+                f"the process that compiles ended with code {child.returncode} and no plan",
+                hint="see the step's log; a negative code is a signal: -9 is most often want of memory",
+            )
+        return Built((place / "plan").read_bytes(), json.loads((place / "built.json").read_text("utf-8")), b"")
+
+
+def main() -> int:
+    """Settle, build, write. The exit code is the error's."""
+    _settle()
+    job = json.loads(Path("job.json").read_text("utf-8"))
+    # The library writes to the process' standard output, too: ours goes through a copy that it does not know.
+    speak = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def progress(done: float, total: float = 0, note: str = "") -> None:
+        speak.write(json.dumps({"progress": [done, total, note]}) + "\n")
+
+    try:
+        profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in job["profiles"]]
+        made = build(
+            trt_api.load(job["flavour"]),
+            flavour(job["flavour"]),
+            Path(job["onnx"]),
+            profiles,  # type: ignore[arg-type]  # three shapes each: written by build_alone
+            from_plain(Build, job["options"]),
+            job["capabilities"],
+            sparse=job["sparse"],
+            progress=progress,
+        )
+    except EnginewrightError as error:
+        detail = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
+        speak.write(json.dumps({"error": detail}) + "\n")
+        return error.exit_code
+    Path("plan").write_bytes(made.plan)
+    Path("built.json").write_text(json.dumps(made.network), "utf-8")
+    return 0
+
+
+def _settle() -> None:
+    """Start once more on one core and without randomized addresses, where the system lets us (Linux; a container may
+    forbid the second)."""
+    if sys.platform != "linux" or os.environ.get(_SETTLED):
+        return
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    ctypes.CDLL(None).personality(_NO_RANDOMIZE)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "pipeline.stages.trt_alone"], {**os.environ, _SETTLED: "1"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
