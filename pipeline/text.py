@@ -79,7 +79,11 @@ def chat_prompt(folder: Path, messages: Sequence[Mapping[str, Any]], *, answer: 
     The template carries the model's own tokens: encode the result without adding special tokens. It runs sandboxed,
     with the functions and variables that transformers gives it. Raises RecipeError where there is none or it refuses.
     """
-    source = _template(folder)
+    return render_chat(_template(folder), folder, messages, answer=answer)
+
+
+def render_chat(source: str, folder: Path, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
+    """A conversation as the Jinja template `source` writes it, with the special tokens of the model in `folder`."""
     try:
         import jinja2  # noqa: F401
     except ImportError as error:

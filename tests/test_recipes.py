@@ -53,9 +53,9 @@ def test_targets_share_every_step_but_their_own(recipe: Path, tmp_path: Path) ->
     plan = prepare(recipe, Store(tmp_path)).plan
     stages = [step.stage.name for step in plan.steps]
     assert stages.count("reference") == 1
-    # The decoders of openvino need no export: their builder reads the checkpoint.
+    # The decoders of openvino and of gguf need no export: their builders read the checkpoint.
     exports = ("onnx.fused", "onnx.torch", "tensorrt.decoder")
-    assert sum(name in exports for name in stages) == (recipe.stem != "openvino")
+    assert sum(name in exports for name in stages) == (recipe.stem not in ("openvino", "gguf"))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("*.onnx_data", "weights"),
     ("*.safetensors", "weights"),
     ("*.gguf", "weights"),
+    ("blobs/sha256-*", "weights"),
+    ("manifests/*", "serving"),
     ("*.bin", "weights"),
     ("*.weight", "weights"),
     ("*.plan", "engine"),

@@ -31,6 +31,8 @@ SHOWN = (
         "lmdeploy",
         "vllm",
         "optimum",
+        "gguf",
+        "xllamacpp",
     ),
 )
 """Distributions whose versions people ask for."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from pipeline.plain import options_of
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-PRECISIONS = {"decoder": ("int8", "int4"), "seq2seq": ("int8",), "encoder": ("int8",)}
+PRECISIONS = {"decoder": ("int8", "int4", "Q8_0", "Q4_K_M"), "seq2seq": ("int8",), "encoder": ("int8",)}
 """What pays on a CPU, by the model's kind."""
 FAST_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "dotprod", "avx2", "neon")
 """CPU features that make 8-bit integers faster than fp32, the fastest first."""
@@ -67,7 +68,8 @@ def init(
 
     with _opened(model) as folder:
         task = infer_task(folder)
-    targets = _targets(kind_of(task), hardware.probe())
+        config = json.loads((folder / "config.json").read_bytes())
+    targets = _targets(kind_of(task), config, hardware.probe())
     values: dict[str, Any] = {
         "name": name or _name(model),
         "version": "0.1.0",
@@ -125,7 +127,7 @@ def _name(model: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+(?:\.[a-z0-9]+)*", parts[-1].lower() if parts else "")) or "model"
 
 
-def _targets(kind: str, host: Hardware) -> dict[str, tuple[type, Values, str]]:
+def _targets(kind: str, config: Mapping[str, Any], host: Hardware) -> dict[str, tuple[type, Values, str]]:
     """Name -> Options, values and the reason, for what this host can build and run."""
     from pipeline import targets
     from pipeline.cli.doctor import runtime_state
@@ -137,9 +139,13 @@ def _targets(kind: str, host: Hardware) -> dict[str, tuple[type, Values, str]]:
         if not state["ok"]:
             missing.append(f"{runtime}: {state['reason']}")
         elif runtime != "copy":
-            options = targets.load(runtime).Options
+            target = targets.load(runtime)
+            if (why_not := getattr(target, "why_not", None)) and why_not(kind, config):
+                continue  # a backend of some families says so: not this one
+            options = target.Options
             for precision, reason in _precisions(options, kind, host):
-                name = f"cpu-{precision}" if f"cpu-{precision}" not in found else f"{runtime}-{precision}"
+                called = precision.lower()
+                name = f"cpu-{called}" if f"cpu-{called}" not in found else f"{runtime}-{called}"
                 found[name] = options, {"runtime": runtime, "precision": precision}, reason
     if not found:
         raise UnavailableError("no backend is installed here", hint="\n".join(missing))
@@ -151,11 +157,13 @@ def _precisions(options: type, kind: str, host: Hardware) -> Iterator[tuple[str,
     known = {option.name: option for option in options_of(options)}
     offered = get_args(known["precision"].type) if "precision" in known else ()
     fast = next((feature for feature in FAST_INT8 if feature in host.isa), "")
-    for precision in PRECISIONS[kind] if fast else ("fp32",):
+    for precision in PRECISIONS[kind] if fast else ("fp32", "Q8_0"):
         if precision in offered:
             reasons = {
                 "int8": f"A quarter of fp32's size; this CPU computes in 8 bits with {fast}.",
                 "int4": "An eighth of fp32's size: the fastest decoding, for a larger loss.",
+                "Q8_0": "A file for llama.cpp and Ollama, half of fp16's size, with hardly a loss.",
+                "Q4_K_M": "A file for llama.cpp and Ollama, in the type that most people run.",
                 "fp32": "This CPU has no instructions that make smaller integers faster.",
             }
             yield precision, reasons[precision]

@@ -75,7 +75,8 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
         graph = _result(stand_in, gates.evaluate(stand_in["metrics"], job.kind, precision, target.gates, job.task))
     if "parity.unquantized" in keys:
         before = _json(results[keys["parity.unquantized"]].out / "report.json")
-        _check_structure(name, before["metrics"], job, target)
+        unquantized = str(_json(results[keys["unquantized"]].out / "engine.json")["precision"])
+        _check_structure(name, unquantized, before["metrics"], job, target)
     if "parity.f32" in keys and gates.overall(verdicts) is not Outcome.FAILED:
         plain = _json(results[keys["parity.f32"]].out / "report.json")
         _check_weights(name, gates.evaluate(plain["metrics"], job.kind, precision, target.gates, job.task))
@@ -111,9 +112,9 @@ def _why_not(keys: Mapping[str, str], verdicts: tuple[Verdict, ...]) -> str:
     return "this machine cannot run the engine" if verdicts else "no parity step"
 
 
-def _check_structure(name: str, metrics: Mapping[str, float], job: Job, target: TargetOptions) -> None:
-    """The engine before quantization, at the gates of fp32: an export bug must not pass as quantization loss."""
-    verdicts = gates.evaluate(metrics, job.kind, "fp32", target.unquantized_gates, job.task)
+def _check_structure(name: str, precision: str, metrics: Mapping[str, float], job: Job, target: TargetOptions) -> None:
+    """The engine before quantization, at the gates of its own precision: an export bug must not pass as its loss."""
+    verdicts = gates.evaluate(metrics, job.kind, precision, target.unquantized_gates, job.task)
     if gates.overall(verdicts) is Outcome.FAILED:
         failed = [gates.explain(v) for v in verdicts if v.outcome is Outcome.FAILED]
         raise GateError(
