@@ -33,7 +33,7 @@ HEAVY |= {"openvino", "openvino_genai", "openvino_tokenizers", "nncf"}
 FLOORS = [
     {"errors"},
     {"step", "recipe", "plain", "digest"},
-    {"engine", "hardware", "source"},
+    {"engine", "hardware", "source", "places"},
     {"hub", "parity", "decoding", "lock", "text"},
     {"stages"},
     {"pin"},
