@@ -43,10 +43,14 @@ class Judged:
     worst: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     result: ParityResult
+    checkpoint: tuple[Verdict, ...] = ()
+    """The same gates for the checkpoint dequantized in torch, where the engine is a server's."""
 
     @property
     def outcome(self) -> Outcome:
-        """One word for all the gates."""
+        """One word for all the gates. What fails as a checkpoint is failed, whether the server ran or not."""
+        if gates.overall(self.checkpoint) is Outcome.FAILED:
+            return Outcome.FAILED
         return gates.overall(self.verdicts)
 
 
@@ -73,20 +77,34 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
     if "parity.f32" in keys and gates.overall(verdicts) is not Outcome.FAILED:
         plain = _json(results[keys["parity.f32"]].out / "report.json")
         _check_weights(name, gates.evaluate(plain["metrics"], job.kind, precision, target.gates, job.task))
+    checkpoint: tuple[Verdict, ...] = ()
+    reason = _why_not(keys, verdicts)
+    if "parity.checkpoint" in keys:
+        found = _json(results[keys["parity.checkpoint"]].out / "report.json")
+        checkpoint = gates.evaluate(found["metrics"], job.kind, precision, target.gates, job.task)
+        passed, kld = sum(v.passed for v in checkpoint), found["metrics"].get("kld_mean")
+        reason = (
+            f"{target.runtime} did not run here; its checkpoint, dequantized in torch, passes {passed} of "
+            f"{len(checkpoint)} gates (kld_mean {_number(kld)})"
+        )
+        if "parity" not in keys:
+            report = {**report, "metrics": found["metrics"], "worst": found["worst"]}
     outcome = gates.overall(verdicts)
     by = {o: tuple(v.metric for v in verdicts if v.outcome is o) for o in Outcome}
     words = {Outcome.PASSED: "passed", Outcome.FAILED: "failed"}
     result = ParityResult(
         verdict=words.get(outcome, "deferred"),  # type: ignore[arg-type]
-        metrics={k: v for k, v in report["metrics"].items() if v is not None},
+        # What was measured of the checkpoint is no measurement of the engine: the reason tells it.
+        metrics={k: v for k, v in report["metrics"].items() if v is not None and "parity" in keys},
         passed=by[Outcome.PASSED],
         failed=by[Outcome.FAILED],
         skipped=by[Outcome.OFF],
-        reason=_why_not(keys, verdicts),
+        reason="" if "parity" in keys else reason,
         samples=int(report["samples"]),
         worst=report["worst"],
     )
-    return Judged(name, precision, job.kind, engine.size_bytes, report["metrics"], report["worst"], verdicts, result)
+    measured, worst = report["metrics"], report["worst"]
+    return Judged(name, precision, job.kind, engine.size_bytes, measured, worst, verdicts, result, checkpoint)
 
 
 def _why_not(keys: Mapping[str, str], verdicts: tuple[Verdict, ...]) -> str:
@@ -128,7 +146,8 @@ def _json(path: Path) -> Any:
 
 def why(judged: Judged) -> list[str]:
     """Every failed gate with value and threshold, and where it was worst."""
-    lines = [f"{judged.target}: {gates.explain(v)}" for v in judged.verdicts if v.outcome is Outcome.FAILED]
+    verdicts = (*judged.verdicts, *judged.checkpoint)
+    lines = [f"{judged.target}: {gates.explain(v)}" for v in verdicts if v.outcome is Outcome.FAILED]
     if judged.worst:
         lines.append(f"{judged.target}: worst sample: {json.dumps(judged.worst, ensure_ascii=False)[:400]}")
     return lines
@@ -143,7 +162,7 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
             each.precision,
             megabytes(each.size_bytes),
             *(_number(each.metrics.get(metric)) for metric in shown),
-            f"{sum(v.passed for v in each.verdicts)}/{len(each.verdicts)} {each.outcome}",
+            _gates(each),
             _place(made.get(each.target)),
         )
         for each in judged
@@ -151,6 +170,17 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
     lines = [table(("TARGET", "PRECISION", "SIZE", *(m.upper() for m in shown), "GATES", "ARTIFACT"), rows)]
     lines += [f"{name}  {each.artifact_id}" for name, each in made.items()]
     return "\n".join(lines)
+
+
+def _gates(judged: Judged) -> str:
+    """`4/4 passed`, or `0/4 deferred, checkpoint 4/4 passed`."""
+
+    def count(verdicts: tuple[Verdict, ...]) -> str:
+        return f"{sum(v.passed for v in verdicts)}/{len(verdicts)} {gates.overall(verdicts)}"
+
+    if not judged.checkpoint:
+        return count(judged.verdicts)
+    return f"{count(judged.verdicts)}, checkpoint {count(judged.checkpoint)}"
 
 
 def _place(assembled: Assembled | None) -> str:
@@ -172,6 +202,7 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
                 "precision": each.precision,
                 "size_bytes": each.size_bytes,
                 "outcome": str(each.outcome),
+                **({"checkpoint": str(gates.overall(each.checkpoint))} if each.checkpoint else {}),
                 "metrics": dict(each.metrics),
                 "worst": dict(each.worst),
                 "gates": [
