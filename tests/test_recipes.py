@@ -53,6 +53,10 @@ def test_targets_share_every_step_but_their_own(recipe: Path, tmp_path: Path) ->
     plan = prepare(recipe, Store(tmp_path)).plan
     stages = [step.stage.name for step in plan.steps]
     assert stages.count("reference") == 1
+    if recipe.stem == "llm-servers":  # observed once, and a checkpoint for each scheme, not for each target
+        assert stages.count("llm.observe") == 1
+        assert stages.count("llm.quantize") < len(plan.targets) == 8
+        return
     # The decoders of openvino need no export: their builder reads the checkpoint.
     assert sum(name in ("onnx.fused", "onnx.torch") for name in stages) == (recipe.stem != "openvino")
 
