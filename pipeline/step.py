@@ -46,6 +46,9 @@ class Stage(Generic[O]):
     """Name of the interpreter that runs it."""
     deterministic: bool = True
     """Whether two runs write the same bytes. Said in the manifest."""
+    resumable: bool = False
+    """`out` may hold what an earlier, cut off attempt at the same key left there: whole files, put in place by a
+    rename, which the stage takes as done. It removes all else. See docs/decisions/resume.md."""
 
 
 @dataclass(frozen=True)

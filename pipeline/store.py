@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError, UnavailableError
+from pipeline.places import default_root
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,6 @@ class Entry:
     def size_bytes(self) -> int:
         """Sum of the files' sizes."""
         return sum(int(file["size"]) for file in self.files)
-
-
-def default_root() -> Path:
-    """`$ENGINEWRIGHT_CACHE`, else `$XDG_CACHE_HOME/enginewright`, else `~/.cache/enginewright`."""
-    if root := os.environ.get("ENGINEWRIGHT_CACHE"):
-        return Path(root).absolute()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "enginewright"
-    except RuntimeError:  # a container with a bare user number
-        raise UnavailableError("this user has no home directory", hint="set ENGINEWRIGHT_CACHE to a folder") from None
 
 
 def _stat(path: Path) -> list[int]:
@@ -144,16 +135,21 @@ class Store:
             ) from error
 
     @contextlib.contextmanager
-    def adding(self, key: str, key_text: dict[str, Any], run: dict[str, Any]) -> Iterator[Path]:
+    def adding(
+        self, key: str, key_text: dict[str, Any], run: dict[str, Any], *, resumable: bool = False
+    ) -> Iterator[Path]:
         """A scratch directory that becomes the key's result when the block ends well, and is removed when not.
 
         The caller holds `locked(key)`, so leftovers of the same key belong to nobody and are cleared. `run` is written
-        as it is when the block ends.
+        as it is when the block ends. `resumable` keeps the directory of an attempt that was cut off or failed, for the
+        next one to go on in; `cache gc` removes it.
         """
         scratch_root = self.root / "scratch"
-        self._clear(key)
-        scratch = scratch_root / f"{key}.{uuid.uuid4().hex[:8]}"
-        (scratch / "out").mkdir(parents=True)
+        if not resumable:
+            self._clear(key)
+        scratch = scratch_root / f"{key}.{'parts' if resumable else uuid.uuid4().hex[:8]}"
+        (scratch / "out").mkdir(parents=True, exist_ok=resumable)
+        whole = False
         try:
             yield scratch / "out"
             files = _describe(scratch / "out")
@@ -172,8 +168,10 @@ class Store:
             scratch.rename(final)
             _sync(final.parent)
             self.corrupt.pop(key, None)
+            whole = True
         finally:
-            self._clear(key)
+            if whole or not resumable:
+                self._clear(key)
 
     def _clear(self, key: str) -> None:
         """Delete what lies in the scratch directory of a key; a damaged result may be a file."""

@@ -55,7 +55,7 @@ def _seeded(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _decoder(path: Path, name: str, seed: int, dtype: str, shard: str, over: dict[str, Any]) -> Path:
+def _decoder(path: Path, name: str, seed: int, dtype: str, shard: str, over: dict[str, Any], text: str = "") -> Path:
     import transformers
 
     _seeded(seed)
@@ -64,7 +64,7 @@ def _decoder(path: Path, name: str, seed: int, dtype: str, shard: str, over: dic
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
         "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.2,
     }  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**(settings | over))
+    config = getattr(transformers, f"{text or name}Config")(**(settings | over))
     write_tokenizer(path, padding_side="left")
     return _save(path, getattr(transformers, f"{name}ForCausalLM")(config), dtype, shard)
 

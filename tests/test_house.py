@@ -34,7 +34,7 @@ HEAVY |= {"urllib3", "cryptography"}
 FLOORS = [
     {"errors"},
     {"step", "recipe", "plain", "digest"},
-    {"engine", "hardware", "source"},
+    {"engine", "hardware", "source", "places"},
     {"hub", "parity", "decoding", "lock", "text"},
     {"stages"},
     {"pin"},

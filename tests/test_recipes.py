@@ -53,6 +53,10 @@ def test_targets_share_every_step_but_their_own(recipe: Path, tmp_path: Path) ->
     plan = prepare(recipe, Store(tmp_path)).plan
     stages = [step.stage.name for step in plan.steps]
     assert stages.count("reference") == 1
+    if recipe.stem == "llm-servers":  # observed once, and a checkpoint for each scheme, not for each target
+        assert stages.count("llm.observe") == 1
+        assert stages.count("llm.quantize") < len(plan.targets) == 8
+        return
     # The decoders of openvino and of gguf need no export: their builders read the checkpoint.
     exports = ("onnx.fused", "onnx.torch", "tensorrt.decoder")
     assert sum(name in exports for name in stages) == (recipe.stem not in ("openvino", "gguf"))

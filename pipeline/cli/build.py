@@ -13,6 +13,7 @@ import click
 
 from pipeline import __version__
 from pipeline.artifact import attest, facts
+from pipeline.artifact.manifest import ManifestFacts
 from pipeline.artifact.package import Assembled, assemble, check_replaceable
 from pipeline.cli import outcome, preflight
 from pipeline.cli.console import listening, megabytes, opened, table
@@ -195,10 +196,17 @@ def _publish(
                 ),
                 "parity": attest.parity(each.result, about.gates, about.build_key),
                 "sbom": sbom(about),
-                **({"parity-graph": attest.parity(each.graph, about.gates, about.build_key)} if each.graph else {}),
+                **_stand_in(each.stand_in, about),
             },
         )
     return made
+
+
+def _stand_in(judged: outcome.StandIn | None, about: ManifestFacts) -> dict[str, attest.Attestation]:
+    """`parity-graph` or `parity-checkpoint`: of what was judged in the engine's place, where something was."""
+    if judged is None:
+        return {}
+    return {f"parity-{judged.what}": attest.parity(judged.result, about.gates, about.build_key)}
 
 
 def _host(hardware: Any) -> dict[str, Any]:

@@ -29,6 +29,17 @@ SHOWN = {
     "encoder": ("cosine_mean", "cosine_min", "max_abs_error", "spearman"),
 }
 """The columns of the table of results."""
+STAND_INS = {"graph": "its graph on another runtime", "checkpoint": "its checkpoint, dequantized in torch"}
+"""`parity.<name>` judges what an engine was made from, where the engine itself may not run."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What was judged beside an engine that may not run here, or in its place."""
+
+    what: str
+    """Of `STAND_INS`."""
+    result: ParityResult
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,12 @@ class Judged:
     worst: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     result: ParityResult
-    graph: ParityResult | None = None
-    """Of an engine that cannot run here: how the graph that it was compiled from did, in another runtime."""
+    stand_in: StandIn | None = None
 
     @property
     def outcome(self) -> Outcome:
-        """One word for all the gates. An engine whose graph failed them has failed."""
-        return Outcome.FAILED if self.graph and self.graph.failed else gates.overall(self.verdicts)
+        """One word for all the gates. An engine whose stand-in failed them has failed, whether it ran or not."""
+        return Outcome.FAILED if self.stand_in and self.stand_in.result.failed else gates.overall(self.verdicts)
 
 
 def judge(prepared: Prepared, results: Mapping[str, Entry]) -> list[Judged]:
@@ -69,10 +79,11 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
     if "reference" in keys:  # without a parity step nothing ran here, and every gate is deferred
         measured = report["metrics"] if "parity" in keys else None
         verdicts = gates.evaluate(measured, job.kind, precision, target.gates, job.task)
-    graph = None
-    if "parity.graph" in keys:
-        stand_in = _json(results[keys["parity.graph"]].out / "report.json")
-        graph = _result(stand_in, gates.evaluate(stand_in["metrics"], job.kind, precision, target.gates, job.task))
+    stand_in = None
+    if what := next((each for each in STAND_INS if f"parity.{each}" in keys), ""):
+        found = _json(results[keys[f"parity.{what}"]].out / "report.json")
+        judged = gates.evaluate(found["metrics"], job.kind, precision, target.gates, job.task)
+        stand_in = StandIn(what, _result(found, judged))
     if "parity.unquantized" in keys:
         before = _json(results[keys["parity.unquantized"]].out / "report.json")
         unquantized = str(_json(results[keys["unquantized"]].out / "engine.json")["precision"])
@@ -81,9 +92,10 @@ def _judge(prepared: Prepared, name: str, results: Mapping[str, Entry]) -> Judge
         plain = _json(results[keys["parity.f32"]].out / "report.json")
         _check_weights(name, gates.evaluate(plain["metrics"], job.kind, precision, target.gates, job.task))
     result = _result(report, verdicts, _why_not(keys, verdicts))
-    shown = graph.metrics if graph and "parity" not in keys else report["metrics"]
-    worst = graph.worst if graph and "parity" not in keys else report["worst"]
-    return Judged(name, precision, job.kind, engine.size_bytes, shown, worst, verdicts, result, graph)
+    metrics, worst = report["metrics"], report["worst"]
+    if stand_in and "parity" not in keys:
+        metrics, worst = found["metrics"], found["worst"]
+    return Judged(name, precision, job.kind, engine.size_bytes, metrics, worst, verdicts, result, stand_in)
 
 
 def _result(report: Mapping[str, Any], verdicts: tuple[Verdict, ...], reason: str = "") -> ParityResult:
@@ -143,8 +155,9 @@ def _json(path: Path) -> Any:
 def why(judged: Judged) -> list[str]:
     """Every failed gate with value and threshold, and where it was worst."""
     lines = [f"{judged.target}: {gates.explain(v)}" for v in judged.verdicts if v.outcome is Outcome.FAILED]
-    if judged.graph and judged.graph.failed:
-        lines += [f"{judged.target}: its graph on another runtime: {line}" for line in judged.graph.reason.split("; ")]
+    if judged.stand_in and judged.stand_in.result.failed:
+        said, what = judged.stand_in.result.reason, STAND_INS[judged.stand_in.what]
+        lines += [f"{judged.target}: {what}: {line}" for line in said.split("; ")]
     if judged.worst:
         lines.append(f"{judged.target}: worst sample: {json.dumps(judged.worst, ensure_ascii=False)[:400]}")
     return lines
@@ -170,12 +183,12 @@ def text(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> str:
 
 
 def _gates(judged: Judged) -> str:
-    """`8/8 passed`; of an engine that did not run here, its graph's gates as well."""
+    """`8/8 passed`; of an engine with a stand-in, that one's gates as well: `graph 6/6 passed, engine 0/6 deferred`."""
     own = f"{sum(v.passed for v in judged.verdicts)}/{len(judged.verdicts)} {gates.overall(judged.verdicts)}"
-    if judged.graph is None:
+    if judged.stand_in is None:
         return own
-    graph = judged.graph
-    return f"graph {len(graph.passed)}/{len(graph.passed) + len(graph.failed)} {graph.verdict}, engine {own}"
+    what, result = judged.stand_in.what, judged.stand_in.result
+    return f"{what} {len(result.passed)}/{len(result.passed) + len(result.failed)} {result.verdict}, engine {own}"
 
 
 def _place(assembled: Assembled | None) -> str:
@@ -209,7 +222,7 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
                     }
                     for v in each.verdicts
                 ],
-                **({"graph": _graph(each.graph)} if each.graph else {}),
+                **({each.stand_in.what: _brief(each.stand_in.result)} if each.stand_in else {}),
                 "artifact": str(made[each.target].path) if each.target in made else None,
                 "artifact_id": made[each.target].artifact_id if each.target in made else None,
                 "changed": made[each.target].changed if each.target in made else False,
@@ -219,18 +232,18 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
     }
 
 
-def _graph_suite(suites: ElementTree.Element, name: str, graph: ParityResult) -> None:
-    """The gates of the graph that stands for an engine which did not run."""
-    tests, failures = str(len(graph.passed) + len(graph.failed)), str(len(graph.failed))
+def _stand_in_suite(suites: ElementTree.Element, name: str, result: ParityResult) -> None:
+    """The gates of what stands for an engine that may not run."""
+    tests, failures = str(len(result.passed) + len(result.failed)), str(len(result.failed))
     suite = ElementTree.SubElement(suites, "testsuite", name=name, tests=tests, failures=failures)
-    for metric in (*graph.passed, *graph.failed):
+    for metric in (*result.passed, *result.failed):
         case = ElementTree.SubElement(suite, "testcase", classname=name.replace("/", "."), name=metric)
-        if metric in graph.failed:
-            ElementTree.SubElement(case, "failure", message=graph.reason)
+        if metric in result.failed:
+            ElementTree.SubElement(case, "failure", message=result.reason)
 
 
-def _graph(graph: ParityResult) -> dict[str, Any]:
-    return {"outcome": graph.verdict, "passed": list(graph.passed), "failed": list(graph.failed)}
+def _brief(result: ParityResult) -> dict[str, Any]:
+    return {"outcome": result.verdict, "passed": list(result.passed), "failed": list(result.failed)}
 
 
 def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
@@ -252,8 +265,8 @@ def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
                 ElementTree.SubElement(case, "failure", message=gates.explain(verdict))
             elif verdict.outcome is not Outcome.PASSED:
                 ElementTree.SubElement(case, "skipped", message=str(verdict.outcome))
-        if each.graph:
-            _graph_suite(suites, f"{name}/{each.target}/graph", each.graph)
+        if each.stand_in:
+            _stand_in_suite(suites, f"{name}/{each.target}/{each.stand_in.what}", each.stand_in.result)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)

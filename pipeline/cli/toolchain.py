@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.errors import UnavailableError
+from pipeline.places import toolchain_home
 from pipeline.run import toolchain as chains
 
 
@@ -27,5 +28,5 @@ def ls() -> None:
 @click.argument("name")
 def install(name: str) -> None:
     """Create the toolchain NAME from its locked requirements."""
-    click.echo(f"installing {name} into {chains.home(name)} (this takes minutes)", err=True)
+    click.echo(f"installing {name} into {toolchain_home(name)} (this takes minutes)", err=True)
     click.echo(chains.install(name))

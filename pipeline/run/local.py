@@ -64,7 +64,8 @@ class Runner:
                 if why := self.store.corrupt.get(step.key):
                     self._tell("corrupt", step, reason=why)
                 self._tell("start", step)
-                with self.store.adding(step.key, dict(step.key_text), run) as out:
+                again = step.stage.resumable
+                with self.store.adding(step.key, dict(step.key_text), run, resumable=again) as out:
                     run.update(self._children.run(step, inputs, out, lambda said: self._progress(step, said)))
         except OSError as error:
             failure = StageError(f"{step.label}: {error.strerror} ({error.filename or self.store.root})")

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.store import default_root
+from pipeline.places import toolchain_home, toolchain_python
 
 LOCKS = Path(__file__).parents[1] / "data" / "toolchains"
-
-
-def home(name: str) -> Path:
-    """Where `toolchain install` puts a toolchain."""
-    return default_root() / "toolchains" / name
 
 
 def interpreter(name: str, configured: Mapping[str, str]) -> str:
@@ -28,14 +22,13 @@ def interpreter(name: str, configured: Mapping[str, str]) -> str:
     """
     if name == "default":
         return sys.executable
-    variable = f"ENGINEWRIGHT_TOOLCHAIN_{name.upper().replace('-', '_')}"
-    python = configured.get(name) or os.environ.get(variable) or str(home(name) / "bin" / "python")
-    if not Path(python).is_file():
+    python, variable = toolchain_python(name, configured)
+    if not python.is_file():
         raise UnavailableError(
             f"the toolchain {name!r} is not installed (looked for {python})",
             hint=f"`enginewright toolchain install {name}`, or set {variable} to an interpreter",
         )
-    return python
+    return str(python)
 
 
 @functools.lru_cache
@@ -65,14 +58,14 @@ def install(name: str) -> Path:
     """Create a toolchain from its locked requirements; returns its interpreter."""
     if name not in names():
         raise UnavailableError(f"no toolchain is called {name!r}", hint=f"one of: {', '.join(names())}")
-    place = home(name)
+    place = toolchain_home(name)
     python = place / "bin" / "python"
     requirements = LOCKS / f"{name}.txt"
     for command in (
         [sys.executable, "-m", "venv", str(place)],
         # torch first and alone: asked for by another package it may come with gigabytes of CUDA.
         [str(python), "-m", "pip", "install", "--quiet", *_pinned(requirements, "torch")],
-        [str(python), "-m", "pip", "install", "--quiet", "--requirement", str(requirements)],
+        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--requirement", str(requirements)],
     ):
         if subprocess.run(command, check=False).returncode:
             raise StageError(f"`{' '.join(command)}` failed", hint="its output is above; run it again when mended")
