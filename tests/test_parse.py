@@ -396,12 +396,16 @@ def test_long_words_are_no_typos_to_search_for() -> None:
 # --- cost --------------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_targets_are_read_in_half_a_second() -> None:
+def test_the_time_to_read_grows_with_the_targets_and_not_with_their_square() -> None:
     target = "    runtime: copy\n    gates: {kld_mean: 1e-3}\n    quantize:\n      bits: 4\n      group_size: 64\n"
-    text = MINIMAL + "".join(f"  t{number}:\n{target}" for number in range(1000))
-    started = time.process_time()
-    assert len(load(text).targets) == 1001
-    assert time.process_time() - started < 0.5
+
+    def seconds(count: int) -> float:
+        text = MINIMAL + "".join(f"  t{number}:\n{target}" for number in range(count))
+        started = time.process_time()
+        assert len(load(text).targets) == count + 1
+        return time.process_time() - started
+
+    assert min(seconds(1000) for _ in range(2)) < 30 * min(seconds(100) for _ in range(3))
 
 
 def test_reading_imports_nothing_heavy() -> None:
