@@ -22,6 +22,7 @@ from pipeline.errors import VerificationError
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
 PARITY = "https://in-toto.io/attestation/test-result/v0.1"
+BENCHMARK = "urn:enginewright:benchmark:v1"
 BUILD_TYPE = "urn:enginewright:build:v1"
 BUILDER = "urn:enginewright:builder"
 
@@ -46,14 +47,19 @@ def statement(predicate_type: str, artifact_id: str, predicate: Mapping[str, Any
 
 def write_attestation(artifact: Path, name: str, statement: Mapping[str, Any]) -> Path:
     """Write `.attest/<name>.json`, whole or not at all; a number that is not finite becomes null. Raises OSError."""
+    text = json.dumps(_finite(statement), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return write_file(artifact, f"{name}.json", f"{text}\n".encode())
+
+
+def write_file(artifact: Path, name: str, data: bytes) -> Path:
+    """Write `.attest/<name>`, whole or not at all. Raises OSError."""
     folder = artifact / paths.ATTESTATIONS
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder / name
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(_finite(statement), stream, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+        with temporary.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -210,3 +216,8 @@ def parity(result: ParityResult, thresholds: Mapping[str, str | None], build_key
 def judged(predicate: Mapping[str, Any]) -> bool:
     """Whether it holds a verdict on something that ran."""
     return predicate.get("verdict") in ("passed", "failed")
+
+
+def benchmark(timing: Mapping[str, float], host: Mapping[str, Any]) -> Attestation:
+    """What the golden inputs took on a machine, in seconds. They are few: it is a hint, no comparison of engines."""
+    return Attestation(BENCHMARK, {"metrics": dict(timing), "inputs": "golden", "host": dict(host)})

@@ -45,17 +45,15 @@ def manifest_facts(
     said = load(options.runtime).facts(engine, options, hardware)
     steps = list(plan.chain(keys["engine"]))
     own = {key: step for step, key in keys.items()}  # another target may call a shared step something else
-    resolved = _recipe(job, name)
     sources = tuple(_source(role, source, job) for role, source in _sources(job))
-    build_key = sha256_of({"recipe": freeze(resolved), "engine": keys["engine"], "golden": keys.get("golden", "")})
     interface = engine.get("interface") or {}
     decoder = engine.get("decoder") or {}
     return ManifestFacts(
         name=recipe.name,
         version=recipe.version,
-        build_key=build_key,
+        build_key=build_key(job, name, keys),
         description=recipe.package.description,
-        recipe=freeze(resolved),
+        recipe=resolved_recipe(job, name),
         sources=sources,
         stages=tuple(_stage(step, own, results[step.key]) for step in steps),
         target=Target(name=name, os=hardware.os, arch=hardware.arch, isa=said.isa, device=Device(kind=said.device)),
@@ -79,6 +77,17 @@ def manifest_facts(
         gates={v.metric: None if v.threshold is None else decimal(v.threshold) for v in verdicts},
         licenses=(recipe.model.license,) if recipe.model.license else (),
     )
+
+
+def build_key(job: Job, name: str, keys: Mapping[str, str]) -> str:
+    """What was asked for: the digest of the resolved recipe and of the keys of what is packaged."""
+    asked = {"recipe": resolved_recipe(job, name), "engine": keys["engine"], "golden": keys.get("golden", "")}
+    return sha256_of(asked)
+
+
+def resolved_recipe(job: Job, name: str) -> Any:
+    """The recipe of one target, every default written out, as a manifest holds it."""
+    return freeze(_recipe(job, name))
 
 
 def _sources(job: Job) -> list[tuple[str, Pinned]]:

@@ -40,6 +40,8 @@ class Proof:
     result: ParityResult
     verdicts: tuple[gates.Verdict, ...]
     attestation: Path | None
+    benchmark: Path | None = None
+    """What the golden inputs took here, as an attestation."""
 
 
 def verify_run(path: Path, *, write: bool = False, child: Sequence[str] = CHILD) -> Proof:
@@ -57,19 +59,26 @@ def prove(report: Report, *, write: bool = False, child: Sequence[str] = CHILD) 
     require(report)
     assert report.manifest is not None and report.artifact_id is not None
     path = report.path
-    result, verdicts = _judge(report.manifest, _run(path.resolve(), child))
-    place = None
+    found_here, timing = _run(path.resolve(), child)
+    result, verdicts = _judge(report.manifest, found_here)
+    place = benchmark = None
     if write:
         found = attest.parity(result, report.manifest.gates, report.manifest.build_key)
         said = attest.statement(found.predicate_type, report.artifact_id, found.predicate, name=report.manifest.name)
         try:
             place = attest.write_attestation(path, _name(path, report.artifact_id), said)
+            if timing:
+                took = attest.benchmark(timing, result.host)
+                about = attest.statement(
+                    took.predicate_type, report.artifact_id, took.predicate, name=report.manifest.name
+                )
+                benchmark = attest.write_attestation(path, "benchmark", about)
         except OSError as error:
             raise StageError(
                 f"the attestation cannot be written: {error.filename}: {error.strerror}",
                 hint="make the artifact's folder writable, or run without --attest",
             ) from error
-    return Proof(report, result, verdicts, place)
+    return Proof(report, result, verdicts, place, benchmark)
 
 
 def _name(path: Path, identity: str) -> str:
@@ -119,8 +128,8 @@ def _judge(manifest: Manifest, report: dict[str, Any]) -> tuple[ParityResult, tu
     return result, verdicts
 
 
-def _run(artifact: Path, child: Sequence[str]) -> dict[str, Any]:
-    """Run the child; its report, or its error raised here."""
+def _run(artifact: Path, child: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the child; its report and what it took, or its error raised here."""
     with tempfile.TemporaryDirectory(prefix="enginewright-") as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log"
         command = [*child, str(artifact), str(result)]
@@ -134,8 +143,7 @@ def _run(artifact: Path, child: Sequence[str]) -> dict[str, Any]:
         if error := found.get("error"):
             raise BY_EXIT_CODE.get(error["exit_code"], StageError)(error["message"], hint=error["hint"])
         if code == 0 and "report" in found:
-            report: dict[str, Any] = found["report"]
-            return report
+            return found["report"], found.get("timing") or {}
         tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:])
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     raise StageError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import paths, swap
+from pipeline.artifact import dsse, paths, swap
 from pipeline.artifact.attest import statement_problem
 from pipeline.artifact.manifest import File, Manifest, artifact_id
 from pipeline.artifact.read import decode, manifest_file
@@ -87,7 +87,7 @@ def examine(path: Path) -> Report:
                 problems.append(f"{name}: {wrong}")
         elif not hidden:
             problems.append(f"{name!r}: is not in the manifest")
-        elif name.startswith(f"{paths.ATTESTATIONS}/") and name.endswith(".json"):
+        elif name.startswith(f"{paths.ATTESTATIONS}/") and name.endswith((".json", ".dsse")):
             wrong = _wrong_statement(path / name, identity)
             problems += [f"{name!r}: {wrong}"] if wrong else []
         if mode & stat.S_IWOTH and not problem:
@@ -141,7 +141,8 @@ def _wrong(path: Path, listed: File, by_digest: dict[str, str]) -> str | None:
 def _wrong_statement(path: Path, identity: str) -> str | None:
     try:
         with _open(path) as stream:
-            return statement_problem(stream.read(), identity)
+            judge = dsse.problem if path.suffix == ".dsse" else statement_problem
+            return judge(stream.read(), identity)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
