@@ -1,0 +1,1 @@
+"""Registries: artifacts as OCI manifests, pushed, pulled by hardware, promoted and copied; layouts for offline use."""
