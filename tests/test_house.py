@@ -28,6 +28,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "pipeline"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "numpy", "huggingface_hub"}
 HEAVY |= {"openvino", "openvino_genai", "openvino_tokenizers", "nncf"}
+HEAVY |= {"urllib3", "cryptography"}
 
 # Lower may not import higher. Modules of one row may import each other.
 FLOORS = [
@@ -41,6 +42,8 @@ FLOORS = [
     {"parse", "plan", "store", "schema"},
     {"run"},
     {"artifact"},
+    {"trust"},
+    {"registry"},
     {"cli"},
 ]
 CORE = ("step.py", "plan.py", "store.py", "run/local.py", "run/worker.py")

@@ -24,6 +24,7 @@ from pipeline.parity import gates
 from pipeline.run.local import Event, Runner
 from pipeline.run.status import Status, status
 from pipeline.store import Entry, Store, open_store
+from pipeline.trust.sbom import sbom
 
 FOLDER = click.Path(path_type=Path)
 FORMAT = click.Choice(["text", "json"])
@@ -193,6 +194,7 @@ def _publish(
                     about, **stamp, steps=steps, host=_host(hardware), versions={"enginewright": __version__}
                 ),
                 "parity": attest.parity(each.result, about.gates, about.build_key),
+                "sbom": sbom(about),
             },
         )
     return made

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from pipeline.errors import RecipeError
-from pipeline.run.local import Event
 
-Listener = Callable[[Event], None]
+if TYPE_CHECKING:
+    from pipeline.run.local import Event
+
+Listener = Callable[["Event"], None]
 
 
 def megabytes(size_bytes: float) -> str:

@@ -13,23 +13,56 @@ import click
 from pipeline.artifact import attest, card, paths
 from pipeline.artifact.manifest import Manifest, artifact_id, freeze, thaw
 from pipeline.artifact.read import load
+from pipeline.cli import transfer
 from pipeline.cli.console import megabytes, table
 from pipeline.errors import VerificationError
+from pipeline.registry import attestations, places, reference
+from pipeline.registry.pack import Unpacked
+from pipeline.registry.repository import Repository
+from pipeline.registry.version import open_version
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="json: one document.")
-def inspect(path: Path, form: str) -> None:
-    """Show what the artifact in the folder PATH is. Its files are not read: `verify` does that."""
-    manifest, data = load(path)
-    identity = artifact_id(data)
-    statements = dict(_statements(path, identity))
+@click.argument("where", metavar="PATH|REF")
+@transfer.target_name
+@transfer.out
+@transfer.plain_http
+@transfer.form
+def inspect(where: str, target: str | None, out: Path, plain_http: bool, form: str) -> None:
+    """Show what the artifact in the folder PATH is, or each target of a version. `verify` reads the files."""
+    if not reference.is_reference(where):
+        path = Path(where)
+        manifest, data = load(path)
+        identity = artifact_id(data)
+        shown = [(str(path), manifest, identity, dict(_statements(path, identity)))]
+    else:
+        ref = reference.parse(where)
+        repository = places.reading(ref, out, plain_http=plain_http)
+        version = open_version(repository, ref)
+        shown = [
+            (
+                f"{{artifacts}}/{each.manifest.name}/{each.manifest.target.name}",
+                each.manifest,
+                each.artifact_id,
+                _remote_statements(repository, each),
+            )
+            for each in ([version.named(target)] if target else version.targets)
+        ]
+    documents = [
+        {"artifact_id": identity, "manifest": freeze(manifest), "attestations": statements}
+        for _, manifest, identity, statements in shown
+    ]
     if form == "json":
-        document = {"artifact_id": identity, "manifest": freeze(manifest), "attestations": statements}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=True))
+        click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, ensure_ascii=True))
         return
-    click.echo(plain("\n".join(_lines(path, manifest, identity, statements))))
+    for number, (place, manifest, identity, statements) in enumerate(shown):
+        click.echo("\n" * bool(number) + plain("\n".join(_lines(place, manifest, identity, statements))))
+
+
+def _remote_statements(repository: Repository, target: Unpacked) -> dict[str, dict[str, Any]]:
+    """Name -> statement, of those that are not wrapped in an envelope; signed ones say the same."""
+    said = attestations.fetch(repository, target.descriptor.digest, target.artifact_id)
+    return {name.removesuffix(".json"): json.loads(data) for name, data in said.items() if name.endswith(".json")}
 
 
 def plain(text: str) -> str:
@@ -54,7 +87,7 @@ def _statements(path: Path, identity: str) -> Iterator[tuple[str, dict[str, Any]
             yield file.stem, found
 
 
-def _lines(path: Path, manifest: Manifest, identity: str, statements: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+def _lines(path: str, manifest: Manifest, identity: str, statements: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     yield f"{manifest.name} {manifest.version} for {manifest.target.name}"
     if manifest.description:
         yield manifest.description
@@ -78,7 +111,7 @@ def _lines(path: Path, manifest: Manifest, identity: str, statements: Mapping[st
         yield "parity: no attestation; `enginewright verify --run --attest` makes one on the machine it is for"
 
 
-def _facts(manifest: Manifest, identity: str, path: Path) -> list[tuple[str, str]]:
+def _facts(manifest: Manifest, identity: str, path: str) -> list[tuple[str, str]]:
     target, runtime = manifest.target, manifest.runtime
     needs = (f"{name} {card.versions(n.exact, n.min, n.max)}" for name, n in sorted(runtime.requires.items()))
     rows = [
@@ -91,7 +124,7 @@ def _facts(manifest: Manifest, identity: str, path: Path) -> list[tuple[str, str
         ("memory", megabytes(target.device.min_memory_bytes) if target.device.min_memory_bytes else ""),
         ("runtime", f"{runtime.engine}, layout {runtime.layout}, opens {runtime.entry}"),
         ("packages", ", ".join(needs)),
-        ("command", card.command(manifest, str(path))),
+        ("command", card.command(manifest, path)),
         ("precision", manifest.precision),
         ("quantization", _short(manifest.quantization)),
         ("limits", _short(manifest.interface.limits)),
