@@ -35,6 +35,7 @@ PACKAGES = {
         "tabulate",
         "datasets",
     ),
+    "oras": ("oras==0.2.43",),
     "optimum": ("optimum-onnx==0.1.0", "onnxruntime==1.31.1", "onnx", "onnxscript"),
     "optimum-intel": ("optimum-intel[openvino]==2.2.0",),
 }
@@ -68,7 +69,7 @@ def make(name: str) -> Path:
         return python
     print(f"installing {name} into {python.parents[1]}", flush=True)
     venv.create(python.parents[1], with_pip=True, clear=True)
-    for packages in ((TORCH,), PACKAGES[name]):
+    for packages in ((TORCH,), PACKAGES[name]) if name != "oras" else (PACKAGES[name],):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     ready.touch()
     return python

@@ -1,0 +1,64 @@
+"""The section of docs/benchmarks.md on registries, from the figures of bench/transfer.py.
+
+python bench/transfer_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT
+from tables import ranged, table
+
+BEGIN, END = "<!-- registries: begin -->", "<!-- registries: end -->"
+
+ABOUT = """\
+One file of random bytes through docker-registry on loopback, Enginewright beside curl and oras-py in one run; the order
+of the tools changes from round to round. Enginewright checks every byte against its digest while it sends and while it
+receives, and its pull ends with the file on disk (fsync). oras-py hashes what it sends and nothing that it receives,
+curl hashes nothing (the digest is given to it); neither waits for the disk. The start of Python is in the figures."""
+
+
+def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
+    """Replace the section in the page, or put it before its list of versions."""
+    text = file.read_text("utf-8")
+    section = f"{BEGIN}\n{sections(document)}\n{END}\n"
+    if BEGIN in text:
+        text = text[: text.index(BEGIN)] + section.rstrip() + text[text.index(END) + len(END) :]
+    else:
+        place = text.index("## Versions")
+        text = f"{text[:place]}{section}\n{text[place:]}"
+    file.write_text(text, "utf-8")
+
+
+def sections(document: Mapping[str, Any]) -> str:
+    """A table for each size and direction."""
+    told = document["machine"]
+    lines = ["## Registries", "", ABOUT, ""]
+    for name, size in document["sizes"].items():
+        for verb in ("push", "pull"):
+            rounds = next(iter(size["tools"].values()))[verb]["runs"]
+            lines += [f"{verb.capitalize()} of {name}, median of {rounds} rounds (smallest-largest):", ""]
+            rows = [row(tool, figures[verb], size["bytes"]) for tool, figures in size["tools"].items()]
+            lines += [table(("tool", "MB/s", "CPU s", "peak MiB"), rows), ""]
+    lines += [
+        f"Measured on {document['date']} on {told['processors']} processors, {told['memory_gb']} GB, load average "
+        f"{min(document['load'])} to {max(document['load'])}: other work ran at the same time, so MB/s compares the "
+        "tools with each other and says little else.",
+    ]
+    return "\n".join(lines)
+
+
+def row(tool: str, cost: Mapping[str, Any], size_bytes: int) -> list[str]:
+    """Speed, CPU time and memory of one tool."""
+    slowest, fastest = sorted(size_bytes / 1e6 / seconds for seconds in cost["wall_s_range"])
+    spread = "" if cost["runs"] == 1 else f" ({slowest:.0f}-{fastest:.0f})"
+    speed = f"{size_bytes / 1e6 / cost['wall_s']:.0f}{spread}"
+    return [tool, speed, ranged(cost, "cpu_s", 2), f"{cost['peak_bytes'] / 2**20:.0f}"]
+
+
+if __name__ == "__main__":
+    write(json.loads((ROOT / ".bench" / "transfer.json").read_text("utf-8")))
