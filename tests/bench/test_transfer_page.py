@@ -24,10 +24,8 @@ def cost(wall_s: float, peak_bytes: int) -> dict[str, Any]:
 def document(wall_s: float) -> dict[str, Any]:
     tools = {name: {verb: cost(wall_s, 33 << 20) for verb in ("push", "pull")} for name in ("enginewright", "curl")}
     return {
-        "date": "2026-11-25",
         "machine": {"processors": 2, "memory_gb": 24},
-        "load": [1.0, 4.0],
-        "sizes": {"300 MB": {"bytes": 300_000_000, "tools": tools}},
+        "sizes": {"300 MB": {"bytes": 300_000_000, "date": "2026-11-25", "load": [1.0, 4.0], "tools": tools}},
     }
 
 
