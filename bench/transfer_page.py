@@ -37,8 +37,8 @@ def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.
 def sections(document: Mapping[str, Any]) -> str:
     """A table for each size and direction."""
     told = document["machine"]
-    about = f"{ABOUT} {told['processors']} processors, {told['memory_gb']} GB; other work ran at the same time."
-    lines = ["## Registries", "", about, ""]
+    machine = f"{told['processors']} processors, {told['memory_gb']} GB; other work ran on them at the same time."
+    lines = ["## Registries", "", ABOUT, "", machine, ""]
     for name, size in document["sizes"].items():
         for verb in ("push", "pull"):
             rounds = next(iter(size["tools"].values()))[verb]["runs"]
