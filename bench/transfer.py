@@ -160,25 +160,23 @@ def main() -> int:
     parser.add_argument("--only", choices=[name.replace(" ", "") for name in SIZES])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(), "sizes": {}}
-    load = [machine.load()]
+    file = environments.HOME / "transfer.json"
+    figures: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {"sizes": {}}
+    figures["machine"] = machine.describe()
     for name, size in SIZES.items():
         if arguments.only and arguments.only != name.replace(" ", ""):
             continue
+        load = [machine.load()]
         with tempfile.TemporaryDirectory(dir=environments.HOME) as scratch, registry(Path(scratch)) as address:
             bench = Bench(address, Path(scratch), size)
             found: dict[str, dict[str, list[Cost]]] = {}
             for number in range(arguments.rounds):
                 bench.round(number, found, arrived)
-            load.append(machine.load())
-            figures["sizes"][name] = {
-                "bytes": size,
-                "tools": {
-                    tool: {verb: measure.median(c) for verb, c in verbs.items()} for tool, verbs in found.items()
-                },
-            }
-    figures["load"] = load
-    (environments.HOME / "transfer.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+                load.append(machine.load())
+        tools = {tool: {verb: measure.median(costs) for verb, costs in verbs.items()} for tool, verbs in found.items()}
+        today = datetime.now(UTC).date().isoformat()
+        figures["sizes"][name] = {"bytes": size, "date": today, "load": load, "tools": tools}
+        file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     return 0
 
 

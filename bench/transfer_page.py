@@ -37,19 +37,16 @@ def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.
 def sections(document: Mapping[str, Any]) -> str:
     """A table for each size and direction."""
     told = document["machine"]
-    lines = ["## Registries", "", ABOUT, ""]
+    machine = f"{told['processors']} processors, {told['memory_gb']} GB; other work ran on them at the same time."
+    lines = ["## Registries", "", ABOUT, "", machine, ""]
     for name, size in document["sizes"].items():
         for verb in ("push", "pull"):
             rounds = next(iter(size["tools"].values()))[verb]["runs"]
             lines += [f"{verb.capitalize()} of {name}, median of {rounds} rounds (smallest-largest):", ""]
             rows = [row(tool, figures[verb], size["bytes"]) for tool, figures in size["tools"].items()]
             lines += [table(("tool", "MB/s", "CPU s", "peak MiB"), rows), ""]
-    lines += [
-        f"Measured on {document['date']} on {told['processors']} processors, {told['memory_gb']} GB, load average "
-        f"{min(document['load'])} to {max(document['load'])}: other work ran at the same time, so MB/s compares the "
-        "tools with each other and says little else.",
-    ]
-    return "\n".join(lines)
+        lines += [f"Measured on {size['date']}, load average {min(size['load'])} to {max(size['load'])}.", ""]
+    return "\n".join(lines).rstrip()
 
 
 def row(tool: str, cost: Mapping[str, Any], size_bytes: int) -> list[str]:

@@ -23,7 +23,10 @@ from pipeline.registry.version import open_version
 @transfer.plain_http
 @transfer.form
 def ls(ref: str | None, everything: bool, out: Path, plain_http: bool, form: str) -> None:
-    """List the local registry; with REF the versions of that repository; with a tag the targets of that version."""
+    """List the local registry; with REF the versions of that repository; with a tag the targets of that version.
+
+    PARITY and SIGNED are what the attestations claim; `verify` with --policy or --key checks who says so.
+    """
     if ref is None:
         _show(_local(out), ("model", "version", "size_bytes", "digest"), form)
         return

@@ -6,6 +6,7 @@ the caller allows it. Credentials never follow a redirect to another origin.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import random
@@ -37,6 +38,7 @@ WAIT_LIMIT_S = 60.0
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 5
+MAX_REST = 1 << 16
 AGAIN = "run the command again: what has arrived is not sent or fetched again"
 
 Body = Callable[[], Iterator[bytes]]
@@ -120,8 +122,7 @@ class Client:
             if answer.status in ok:
                 return answer
             if answer.status in REDIRECTS and answer.headers.get("Location"):
-                answer.drain_conn()
-                answer.release_conn()
+                finish(answer)
                 hops += 1
                 if hops > MAX_REDIRECTS:
                     raise MisledError(f"{self.host} redirects without end", hint="check the registry's address")
@@ -129,8 +130,7 @@ class Client:
                 continue
             if answer.status == 401 and own and not authenticated:
                 challenges = answer.headers.get("WWW-Authenticate", "")
-                answer.drain_conn()
-                answer.release_conn()
+                finish(answer)
                 authenticated = True
                 self._authorization = auth.answer(challenges, self.host, self._token)
                 if self._authorization:
@@ -205,6 +205,15 @@ class Client:
                 f"{self.host} sends to {plain(url)!r:.200}, without TLS",
                 hint="have the registry mended, or allow it with --plain-http",
             )
+
+
+def finish(answer: BaseHTTPResponse) -> None:
+    """Done with an answer: its line may be used again, unless there is more to come than anybody wants to read."""
+    import urllib3
+
+    with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
+        answer.read(MAX_REST)
+    answer.close()
 
 
 def pause(failures: int, retry_after: str = "") -> None:

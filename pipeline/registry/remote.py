@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urljoin
 
 from pipeline.errors import EnginewrightError, NetworkError, VerificationError
@@ -18,13 +19,26 @@ from pipeline.registry.answers import (
     starts_at,
     with_digest,
 )
-from pipeline.registry.client import AGAIN, ATTEMPTS, TRANSIENT, Client, MisledError, Refused, pause, unreachable
+from pipeline.registry.client import (
+    AGAIN,
+    ATTEMPTS,
+    TRANSIENT,
+    Client,
+    MisledError,
+    Refused,
+    finish,
+    pause,
+    unreachable,
+)
 from pipeline.registry.credentials import HUB, HUB_NAMES
 from pipeline.registry.fallback import keep_tag, listed_as, referrers_tag, with_referrers
 from pipeline.registry.media import Descriptor
 from pipeline.registry.origin import plain
 from pipeline.registry.reference import DIGEST, TAG, Reference
 from pipeline.registry.repository import BLOCK, Advance, Repository, Source, quiet
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
 
 ACCEPT = ", ".join((media.INDEX, media.MANIFEST, *media.DOCKER))
 MAX_LIST = 16 * 2**20
@@ -69,8 +83,7 @@ class Remote:
                 if error.status in (404, 400):
                     return ""
                 raise
-            answer.drain_conn()
-            answer.release_conn()
+            finish(answer)
         told = answer.headers.get("Docker-Content-Digest", "")
         return told if DIGEST.fullmatch(told) else self.manifest(reference)[0].digest
 
@@ -84,17 +97,28 @@ class Remote:
         if len(data) > media.MAX_MANIFEST:
             raise NetworkError(f"the manifest has {len(data)} bytes, and registries take {media.MAX_MANIFEST}")
         with explained(self.reference, f"{self.reference.name}:{tag or made.digest}"):
-            answer = self.client.request(
-                "PUT",
-                f"{self.base}/manifests/{tag or made.digest}",
-                ok=(200, 201, 202),
-                headers={"Content-Type": media_type},
-                body=data,
-            )
-            answer.drain_conn()
-            answer.release_conn()
+            answer = self._send_manifest(data, media_type, tag or made.digest)
+            finish(answer)
         self._stored(answer.headers.get("Docker-Content-Digest", made.digest), made.digest)
         return made, "OCI-Subject" in answer.headers
+
+    def _send_manifest(self, data: bytes, media_type: str, reference: str) -> BaseHTTPResponse:
+        """PUT. What was stored a moment ago may not be seen yet, where others write or storage is slow: wait for it."""
+        failures = 0
+        while True:
+            try:
+                return self.client.request(
+                    "PUT",
+                    f"{self.base}/manifests/{reference}",
+                    ok=(200, 201, 202),
+                    headers={"Content-Type": media_type},
+                    body=data,
+                )
+            except Refused as error:
+                failures += 1
+                if "UNKNOWN" not in error.message or failures >= ATTEMPTS:
+                    raise
+                pause(failures)
 
     def has_blob(self, blob: Descriptor) -> bool:
         with explained(self.reference, f"{self.reference.name}@{blob.digest}"):
@@ -104,8 +128,7 @@ class Remote:
                 if error.status in (404, 400):
                     return False
                 raise
-            answer.drain_conn()
-            answer.release_conn()
+            finish(answer)
         whole = answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
         if not whole:
             self._damaged.add(blob.digest)
@@ -166,8 +189,7 @@ class Remote:
                         body=lambda: body(opened.enter_context(source())),
                         attempts=1,
                     )
-                    answer.drain_conn()
-                    answer.release_conn()
+                    finish(answer)
                 self._stored(answer.headers.get("Docker-Content-Digest", blob.digest), blob.digest)
                 if blob.digest in self._damaged and not self.has_blob(blob):
                     raise VerificationError(
@@ -196,12 +218,11 @@ class Remote:
         query = urlencode({"mount": blob.digest, "from": origin.reference.repository})
         with explained(self.reference, self.reference.name):
             answer = self.client.request("POST", f"{self.base}/blobs/uploads/?{query}", ok=(201, 202), body=b"")
-            answer.drain_conn()
-            answer.release_conn()
+            finish(answer)
             if answer.status == 202 and (place := answer.headers.get("Location")):
                 # The registry would have the bytes after all, and has opened a session that nobody will use.
                 with contextlib.suppress(Refused, EnginewrightError):
-                    self.client.request("DELETE", urljoin(self.client.base, place), ok=(202, 204), attempts=1).close()
+                    finish(self.client.request("DELETE", urljoin(self.client.base, place), ok=(202, 204), attempts=1))
         return answer.status == 201
 
     def tags(self) -> list[str]:
@@ -261,8 +282,7 @@ class Remote:
     def _session(self) -> str:
         """Where to put a blob."""
         answer = self.client.request("POST", f"{self.base}/blobs/uploads/", ok=(202,), body=b"")
-        answer.drain_conn()
-        answer.release_conn()
+        finish(answer)
         place = answer.headers.get("Location")
         if not place:
             raise NetworkError(f"{self.reference.place} names no place for an upload", hint="is it a registry?")
