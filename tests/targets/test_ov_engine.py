@@ -156,7 +156,7 @@ def test_genai_generates_the_references_tokens(shipped: Path, backend: str) -> N
 
 @pytest.mark.parametrize("case", ["mistral-window", "gemma3_text", "gemma2"])
 def test_genai_sees_windows_and_soft_caps(shipped: Path, case: str, tmp_path: Path) -> None:
-    """Paged attention takes windows from the shape of the mask; soft caps it does not know: GenAI goes without it then."""
+    """Paged attention takes windows from the shape of the mask. Soft caps it does not know: GenAI does without it."""
     genai = pytest.importorskip("openvino_genai")
     kind, over = CASES[case]
     layers = 7 if case == "gemma3_text" else 2
