@@ -50,11 +50,10 @@ def run(inputs: Inputs, options: CompileOptions, out: Path, progress: Progress) 
     model = core.read_model(out / XML)
     last = decoder and last_logits_only(model)
     try:
-        blob, weights = _blob(core, model, options.settings.device, asked, (out / XML).with_suffix(".bin"))
+        weights = _write_blob(core, model, options.settings.device, asked, out / BLOB, (out / XML).with_suffix(".bin"))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1:] or ["no reason given"]
         raise StageError(f"OpenVINO cannot compile it for {options.settings.device}: {reason[0].strip()}") from error
-    (out / BLOB).write_bytes(blob)
     engine["compiled"] = {
         "file": BLOB,
         "weights": weights,
@@ -73,21 +72,33 @@ def import_properties(asked: Mapping[str, str], weights: str, file: Path) -> dic
     return {**asked, "CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(file)} if weights == "bin" else dict(asked)
 
 
-def _blob(core: Any, model: Any, device: str, asked: Mapping[str, str], file: Path) -> tuple[bytes, str]:
-    """The blob, and whether its weights are in the `bin` or `inside`. RuntimeError where neither answers as the model
+def import_blob(core: Any, file: Path, device: str, told: Mapping[str, str]) -> tuple[Any, Any]:
+    """The compiled model of a blob, and the mapped memory that has to outlive it. RuntimeError if it does not load."""
+    import numpy as np
+    import openvino as ov
+
+    mapped = ov.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
+    return core.import_model(mapped, device, dict(told)), mapped
+
+
+def _write_blob(core: Any, model: Any, device: str, asked: Mapping[str, str], file: Path, weights_file: Path) -> str:
+    """Write the blob; whether its weights are in the `bin` or `inside`. RuntimeError where neither answers as the model
     that was compiled: OpenVINO 2026.4 loses constants of some graphs when it leaves weights out."""
     feeds = _feeds(model)
     for weights, mode in (("bin", {"CACHE_MODE": "OPTIMIZE_SIZE"}), ("inside", {})):
         compiled = core.compile_model(model, device, {**asked, **mode})
-        exported = compiled.export_model()
-        blob = exported if isinstance(exported, bytes) else bytes(exported.getvalue())
         expected = _answers(compiled, feeds)
+        exported = compiled.export_model()
+        file.write_bytes(exported if isinstance(exported, bytes) else exported.getbuffer())
+        del compiled, exported  # both hold the weights
         try:
-            found = _answers(core.import_model(blob, device, import_properties(asked, weights, file)), feeds)
+            imported, mapped = import_blob(core, file, device, import_properties(asked, weights, weights_file))
+            found = _answers(imported, feeds)
+            del imported, mapped
         except RuntimeError:
             continue
         if all(_near(got, wanted) for got, wanted in zip(found, expected, strict=True)):
-            return blob, weights
+            return weights
     raise RuntimeError("what was compiled does not answer alike after it was exported and imported")
 
 

@@ -207,13 +207,22 @@ class _Builder:
             new = op.gather(op.shape_of(self.ids), self._ints(1), zero)
             places_T = op.range(zero, total, one, "i64")
             own_S = op.add(op.range(zero, new, one, "i64"), op.subtract(total, new))
-            own_S1 = op.unsqueeze(own_S, self._ints(1))
-            seen = op.less_equal(places_T, own_S1)
-            if window:
-                seen = op.logical_and(seen, op.greater(places_T, op.subtract(own_S1, self._ints(window))))
+            own_11S1 = op.unsqueeze(own_S, self._ints([0, 1, 3]))
+            seen = op.less_equal(places_T, own_11S1)
             real = op.unsqueeze(op.not_equal(self.mask, zero), self._ints([1, 2]))
-            seen = op.logical_and(op.unsqueeze(seen, self._ints([0, 1])), real)
-            self.masks[window] = op.select(seen, self._floats(0.0), self._floats(HIDDEN))
+            visible, hidden = self._floats(0.0), self._floats(HIDDEN)
+            if not window:
+                self.masks[window] = op.select(op.logical_and(seen, real), visible, hidden)
+                return self.masks[window]
+            # By this shape OpenVINO's conversion to paged attention knows a window and its size. From any other it
+            # drops the mask without a word, and GenAI's default would then see all tokens.
+            near = op.greater(places_T, op.add(own_11S1, self._ints(-window)))
+            near = op.bitwise_and(op.bitwise_and(seen, near), seen)
+            near = op.bitwise_and(op.bitwise_and(seen, near), real)
+            sizes = [self.batch, self._ints([1]), *(op.unsqueeze(size, zero) for size in (new, total))]
+            masked = op.select(op.broadcast(near, op.concat(sizes, 0)), visible, hidden)
+            ends = (op.unsqueeze(each, zero) for each in (zero, total, one))
+            self.masks[window] = op.slice(masked, *ends, self._ints([3]))
         return self.masks[window]
 
     def _attend(self, name: str, query: Any, key: Any, value: Any, mask: Any) -> Any:

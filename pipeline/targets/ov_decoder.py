@@ -43,6 +43,8 @@ class OvDecoder:
 
     @cached_property
     def _serving(self) -> Graph:
+        if "_whole" in vars(self) and not self._engine.get("compiled"):
+            return self._whole  # it answers the same, and a second form would pack all weights once more
         return open_graph(self._folder, self._engine, self._settings, change=last_logits_only, answers="last")
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import hardware
 from pipeline.engine import Array
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages.openvino_compile import import_properties
+from pipeline.stages.openvino_compile import import_blob, import_properties
 from pipeline.stages.openvino_settings import Settings, properties
 
 R = TypeVar("R")
@@ -23,8 +23,9 @@ _DTYPE = {"i64": np.int64, "i32": np.int32, "f32": np.float32, "f16": np.float16
 class Graph:
     """A compiled model. Arrays go in as the caller has them and come out in float32 where they are floats."""
 
-    def __init__(self, compiled: Any, source: str) -> None:
+    def __init__(self, compiled: Any, source: str, mapped: Any = None) -> None:
         self.compiled = compiled
+        self._mapped = mapped  # a blob's memory
         self.source = source
         """`blob` or `ir`: where it came from."""
         self.inputs: dict[str, Any] = {port.get_any_name(): port for port in compiled.inputs}
@@ -69,8 +70,11 @@ def open_graph(
         try:
             why = unfit(compiled, settings.device, asked, ov.__version__)
             if not why:
-                return Graph(_import(ov, folder, engine, settings.device, asked), "blob")
-        except (RuntimeError, OSError) as error:
+                weights = (folder / engine["components"]["model"]).with_suffix(".bin")
+                told = import_properties(asked, compiled["weights"], weights)
+                found, mapped = import_blob(ov.Core(), folder / compiled["file"], settings.device, told)
+                return Graph(found, "blob", mapped)
+        except (RuntimeError, OSError, ValueError) as error:
             why = f"OpenVINO does not load it: {_first_line(error)}"
         except KeyError as error:
             why = f"engine.json does not say its {error}"
@@ -96,13 +100,6 @@ def unfit(compiled: Mapping[str, Any], device: str, asked: Mapping[str, str], ve
         )
         return f"other settings are asked for ({', '.join(differ)})"
     return ""
-
-
-def _import(ov: Any, folder: Path, engine: Mapping[str, Any], device: str, asked: Mapping[str, str]) -> Any:
-    weights = (folder / engine["components"]["model"]).with_suffix(".bin")
-    blob = (folder / engine["compiled"]["file"]).read_bytes()
-    told = import_properties(asked, engine["compiled"]["weights"], weights)
-    return ov.Core().import_model(blob, device, told)
 
 
 def _compile(ov: Any, file: Path, device: str, asked: Mapping[str, str], change: Callable[[Any], bool] | None) -> Any:

@@ -32,6 +32,7 @@ from pipeline.step import silent  # noqa: E402
 from pipeline.targets.ov_engine import open_engine  # noqa: E402
 from tests import models  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
+from tests.stages.decoders import CASES, SIZES, reference, write_decoder  # noqa: E402
 
 PROMPTS = [[5, 9, 11], [7, 8, 60, 61, 62, 63, 64], [44], [33, 20, 20, 33, 20]]
 MODES: list[dict[str, Any]] = [{}, {"beams": 4}, {"repetition_penalty": 1.3}, {"beams": 3, "length_penalty": 2.0}]
@@ -151,6 +152,25 @@ def test_genai_generates_the_references_tokens(shipped: Path, backend: str) -> N
     config.apply_chat_template = False
     said = pipeline.generate(texts[0], config)
     assert str(said).strip() == tokenizer.decode(wanted[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("case", ["mistral-window", "gemma3_text", "gemma2"])
+def test_genai_sees_windows_and_soft_caps(shipped: Path, case: str, tmp_path: Path) -> None:
+    """Paged attention takes windows from the shape of the mask. Soft caps it does not know: GenAI does without it."""
+    genai = pytest.importorskip("openvino_genai")
+    kind, over = CASES[case]
+    layers = 7 if case == "gemma3_text" else 2
+    model = write_decoder(tmp_path / "model", kind, **({"num_hidden_layers": layers} | over))
+    folder = made(tmp_path, openvino_weights.run, openvino_weights.DecoderOptions(), {"model": model}, "engine")
+    for name in ("openvino_tokenizer", "openvino_detokenizer"):
+        for suffix in (".xml", ".bin"):
+            shutil.copyfile(shipped / f"{name}{suffix}", folder / f"{name}{suffix}")
+    ids = np.random.default_rng(5).integers(5, SIZES["vocab_size"], (1, 24))
+    config = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = reference(model).generate(torch.tensor(ids), **config)[0, 24:].tolist()
+    pipeline = genai.LLMPipeline(str(folder), "CPU", INFERENCE_PRECISION_HINT="f32")
+    found = pipeline.generate(ov.Tensor(ids), genai.GenerationConfig(ignore_eos=True, **config)).tokens[0]
+    assert found == expected
 
 
 def refit(folder: Path, place: Path, **changes: Any) -> Path:
