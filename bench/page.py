@@ -16,6 +16,7 @@ import environments
 import jobs
 import ov_page
 import plots
+import trt_page
 from jobs import GENAI, OLIVE, OPTIMUM, OURS
 from tables import megabytes, ranged, table
 
@@ -404,6 +405,8 @@ def main() -> int:
     path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
     if openvino := _read("openvino.json"):
         ov_page.write(openvino, path)
+    if tensorrt := _read("tensorrt.json"):
+        trt_page.write(tensorrt, path)
     plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
     if decode:
         plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")
