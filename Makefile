@@ -26,6 +26,7 @@ bench: $(READY)
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/quality_encoder.py
 	$(BIN)/python bench/transfer.py
+	$(BIN)/python bench/trt.py
 	$(BIN)/python bench/page.py
 
 # torch is asked for first, alone and by its exact version: any other way may pull gigabytes of CUDA.

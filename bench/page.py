@@ -17,6 +17,7 @@ import jobs
 import ov_page
 import plots
 import transfer_page
+import trt_page
 from jobs import GENAI, OLIVE, OPTIMUM, OURS
 from tables import megabytes, ranged, table
 
@@ -407,6 +408,8 @@ def main() -> int:
         ov_page.write(openvino, path)
     if transfer := _read("transfer.json"):
         transfer_page.write(transfer, path)
+    if tensorrt := _read("tensorrt.json"):
+        trt_page.write(tensorrt, path)
     plots.builds(builds["jobs"], DOCS / "img" / "bench-builds.svg")
     if decode:
         plots.decode(decode["models"], DOCS / "img" / "bench-decode.svg")

@@ -17,7 +17,7 @@ from pipeline.digest import sha256_file
 from pipeline.errors import StageError
 from pipeline.recipe import option
 from pipeline.stages import trt_api, trt_triton
-from pipeline.stages.trt_alone import build_alone
+from pipeline.stages.trt_alone import build_agreed
 from pipeline.stages.trt_build import Build, Profile, build, write_network
 from pipeline.stages.trt_flavours import Flavour, flavour, sm
 from pipeline.step import Inputs, Progress, Stage
@@ -61,7 +61,7 @@ def run(inputs: Inputs, options: EngineOptions, out: Path, progress: Progress) -
 
         share = _Share(progress, index, len(groups), ", ".join(map(sm, group)))
         if asked.builds_on_cpu:
-            made = build_alone(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=share)
+            made = build_agreed(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=share)
         else:
             made = build(
                 trt, asked, onnx, profiles, options.build, group, sparse=options.sparse, progress=share,

@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.stages import trt_api, trt_decoder, trt_engine, trt_graph, trt_preflight, trt_triton
-from pipeline.stages.trt_build import Build
+from pipeline.stages import trt_alone, trt_api, trt_decoder, trt_engine, trt_graph, trt_preflight, trt_triton
+from pipeline.stages.trt_build import Build, Built
 from pipeline.stages.trt_decoder import StaticOptions
 from pipeline.stages.trt_engine import EngineOptions
 from pipeline.stages.trt_flavours import flavour
@@ -49,7 +49,7 @@ def build(decoder: dict[str, Path], out: Path, progress: Any = silent, **over: A
     out.mkdir()
     fields: dict[str, Any] = {
         "flavour": "tensorrt-rtx", "capabilities": tuple(BITS), "together": True, "batch": (1, 2, 4),
-        "sequence": (1, 8, 16), "build": Build(), **over,
+        "sequence": (1, 8, 16), "build": Build(agree=False), **over,
     }  # fmt: skip
     trt_engine.run({"graph": decoder["graph"]}, EngineOptions(**fields), out, progress)
     return out
@@ -84,6 +84,22 @@ def test_plans_apart(decoder: dict[str, Path], tmp_path: Path) -> None:
     plans = {"8.6": "model.sm86.plan", "12.0": "model.sm120.plan"}
     assert trt_triton.read((out / "config.pbtxt").read_text())["cc_model_filenames"] == plans
     assert {name: mask_of(out / "1" / name) for name in plans.values()} == {plans[each]: BITS[each] for each in plans}
+
+
+def test_two_plans_must_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever plan comes twice first is taken; of five that all differ the one with the lowest digest."""
+
+    def agreed(plans: list[bytes], **options: Any) -> tuple[bytes, int]:
+        rest = iter(plans)
+        monkeypatch.setattr(trt_alone, "build_alone", lambda *_, **__: Built(next(rest), {}, b""))
+        made = trt_alone.build_agreed("tensorrt-rtx", tmp_path, [], Build(**options), [], sparse=False, progress=silent)
+        return made.plan, len(plans) - len(list(rest))
+
+    assert agreed([b"a", b"b", b"a", b"c"]) == (b"a", 3)
+    assert agreed([b"a", b"a", b"b"]) == (b"a", 2)
+    assert agreed([b"a", b"b"], agree=False) == (b"a", 1)
+    five = [b"a", b"b", b"c", b"d", b"e"]
+    assert agreed(five) == agreed(five[::-1]) == (min(five, key=lambda plan: hashlib.sha256(plan).digest()), 5)
 
 
 def test_progress_can_cancel(decoder: dict[str, Path], tmp_path: Path) -> None:
