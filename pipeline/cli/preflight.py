@@ -19,7 +19,10 @@ TORCH_BYTES = 400_000_000
 REFERENCE_COPIES = 1.6
 """Peak memory of the fp32 reference in torch, as a multiple of the fp32 weights."""
 SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.28, "fp8": 0.28, "int4": 0.17}
-"""Size of an engine as a share of the fp32 weights, scales included."""
+SHARES |= {"F32": 1.0, "F16": 0.5, "BF16": 0.5, "Q8_0": 0.27, "Q6_K": 0.21, "Q5_K_M": 0.18, "Q5_K_S": 0.18}
+SHARES |= dict.fromkeys(("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "IQ4_NL", "MXFP4"), 0.16)
+SHARES |= dict.fromkeys(("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"), 0.13)
+"""Size of an engine as a share of the fp32 weights, scales included; then in llama.cpp's types."""
 
 
 def need(prepared: Prepared) -> tuple[int, int]:
@@ -32,6 +35,7 @@ def need(prepared: Prepared) -> tuple[int, int]:
     shares = sum(SHARES.get(precision, stored / 4) for precision in precisions)
     # A quantized engine is held against an unquantized one first.
     shares += any(precision in ("int8", "int4") for precision in precisions) and "fp32" not in precisions
+    shares += any(target.runtime == "gguf" for target in prepared.recipe.targets.values()) and "F32" not in precisions
     return weights + int(fp32 * shares), TORCH_BYTES + int(fp32 * REFERENCE_COPIES)
 
 

@@ -50,8 +50,6 @@ class Model:
     rope: Rope
     local_theta: float
     """RoPE base of the sliding layers; 0: they turn as the others."""
-    rope_keys: bool
-    """Whether llama.cpp reads RoPE's base for this family."""
     keys: tuple[tuple[str, Any], ...]
     """More GGUF keys, below the architecture's name."""
     attention_bits: bool
@@ -77,7 +75,8 @@ def read_model(config: Mapping[str, Any], context_length: int | None = None) -> 
     name = config.get("model_type")
     facts = _facts(config, str(name))
     _refuse_unknown(config, facts)
-    values = {**facts["defaults"], **{key: value for key, value in config.items() if value is not None}}
+    # null is not the default: it switches off.
+    values = {key: value for key, value in {**facts["defaults"], **config}.items() if value is not None}
 
     def number(field: str, default: int | None = None) -> int:
         value = values.get(field, default)
@@ -106,6 +105,12 @@ def read_model(config: Mapping[str, Any], context_length: int | None = None) -> 
     if len(counted) != 1:
         raise StageError(f"config.json says the number of experts {sorted(counted)}", hint="download it again")
     (experts,) = counted
+    epsilon = values.get("rms_norm_eps")
+    if not isinstance(epsilon, float):
+        raise StageError(f"config.json: rms_norm_eps is {epsilon!r}, not a number", hint="download it again")
+    tied = bool(values.get("tie_word_embeddings", facts.get("tied", False)))
+    if facts.get("tied") and not tied:
+        raise Unknown(f"llama.cpp has no output matrix for a {name}, and config.json says tie_word_embeddings: false")
     return Model(
         family=str(name),
         arch=facts["arch"],
@@ -117,8 +122,8 @@ def read_model(config: Mapping[str, Any], context_length: int | None = None) -> 
         intermediate=number(moe["size"]) if moe else number("intermediate_size"),
         vocab=number("vocab_size"),
         context=context,
-        epsilon=float(values["rms_norm_eps"]),
-        tied=bool(values.get("tie_word_embeddings", facts.get("tied", False))),
+        epsilon=epsilon,
+        tied=tied,
         permute=facts["permute"],
         norm_offset=facts["norm_offset"],
         layer=(*facts["layer"], *(() if moe else facts["dense"])),
@@ -129,8 +134,11 @@ def read_model(config: Mapping[str, Any], context_length: int | None = None) -> 
         experts_used=number(moe["used"]) if moe else 0,
         rope=rope,
         local_theta=local,
-        rope_keys=facts["rope_keys"],
-        keys=tuple((key, values[field]) for field, key in facts["keys"].items() if values.get(field)),
+        keys=tuple(
+            (key, float(values[field]) if "softcapping" in key else int(values[field]))
+            for field, key in facts["keys"].items()
+            if values.get(field)
+        ),
         attention_bits=any(
             rule["layers"] == layers
             and (not rule["gqa"] or heads != kv_heads)

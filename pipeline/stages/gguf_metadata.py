@@ -41,8 +41,7 @@ def add_keys(
         writer.add_expert_count(model.experts)
         writer.add_expert_used_count(model.experts_used)
         writer.add_expert_feed_forward_length(model.intermediate)
-    if model.rope_keys:
-        writer.add_rope_freq_base(model.rope.theta)
+    writer.add_rope_freq_base(model.rope.theta)
     if model.local_theta:
         writer.add_float32(f"{model.arch}.rope.freq_base_swa", model.local_theta)
     for key, value in (*rope_keys(model.rope).items(), *model.keys):

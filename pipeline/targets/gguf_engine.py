@@ -162,6 +162,7 @@ class LlamaEngine:
     def __init__(self, child: Child, shape: Shape) -> None:
         self.child = child
         self._shape = shape
+        self._turns = 0
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """`input_ids` [B, T] and `attention_mask` [B, T] (0 = padding, on either side; may be absent) -> `logits`
@@ -188,7 +189,8 @@ class LlamaEngine:
                 hint="give fewer prompts at once",
             )
         ends, context = self._shape.eos_token_ids, self._shape.context_length
-        stepper = _Stepper(self.child, rows)
+        self._turns += 1
+        stepper = _Stepper(self.child, rows, self._turns)
         return decode(stepper, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
 
 
@@ -196,10 +198,12 @@ class LlamaEngine:
 class _Stepper:
     child: Child
     rows: int
+    turn: int
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[None, Array]:
         lists = [[int(token) for token in prompt] for prompt in prompts]
-        return None, self.child.logits("prefill", prompts=lists, room=room, rows=self.rows)
+        return None, self.child.logits("prefill", prompts=lists, room=room, rows=self.rows, turn=self.turn)
 
     def step(self, state: None, tokens: Sequence[int], rows: Sequence[int]) -> Array:
-        return self.child.logits("step", tokens=[int(token) for token in tokens], rows=list(rows))
+        fed = [int(token) for token in tokens]
+        return self.child.logits("step", tokens=fed, rows=list(rows), turn=self.turn)

@@ -152,6 +152,7 @@ class Llama:
         self._kv, self._threads = _KV[kv], threads
         self._context: Any = None
         self._size = (0, 0)
+        self._turn = 0
         self._sequences: list[int] = []
         self._lengths: list[int] = []
 
@@ -167,11 +168,16 @@ class Llama:
 
     def run(self, ids: Sequence[int]) -> Array:
         """Logits [T, V] of every position of one sequence."""
+        self._turn = 0  # no batch goes on after this
         self._open(len(ids), 1)
         return self._decode(ids, range(len(ids)), [0] * len(ids), [True] * len(ids))
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int, rows: int) -> Array:
-        """Begin a batch: logits [B, V] after each prompt. At most `rows` rows of `room` more tokens will follow."""
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int, rows: int, turn: int) -> Array:
+        """Begin a batch: logits [B, V] after each prompt. At most `rows` rows of `room` more tokens will follow.
+
+        `turn` is the caller's number of the batch, by which `step` knows it.
+        """
+        self._turn = turn
         self._open(sum(map(len, prompts)) + rows * room, rows)
         self._sequences = list(range(len(prompts)))
         self._lengths = [len(prompt) for prompt in prompts]
@@ -182,8 +188,10 @@ class Llama:
         ]
         return np.concatenate(last)
 
-    def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Array:
+    def step(self, tokens: Sequence[int], rows: Sequence[int], turn: int) -> Array:
         """One token a row: logits [B, V]. The new row i continues the old row rows[i]."""
+        if turn != self._turn:
+            raise StageError("another request has taken the engine's cache", hint="finish one generation first")
         memory = self._library.llama_get_memory(self._context)
         kept = {self._sequences[row] for row in rows}
         for sequence in self._sequences:

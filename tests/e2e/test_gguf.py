@@ -118,8 +118,8 @@ def test_a_llama_cpp_server_answers_from_the_store(built: Site) -> None:
     assert ours.json["text"] == message["content"]
 
 
-def test_a_failing_structure_publishes_nothing(tmp_path: Path) -> None:
-    site = Site.write(tmp_path / "site", RECIPE)
+def test_a_failing_structure_publishes_nothing(built: Site, tmp_path: Path) -> None:
+    site = Site.write(tmp_path / "site", RECIPE, cache=built.cache)
     site.edit("f16: {runtime: gguf,", "f16: {runtime: gguf, unquantized_gates: {kld_mean: 1.0e-15},")
     done = command(*site.argv("--target", "f16"), cwd=site.root)
     refused(done, 4, "differs from the checkpoint before any quantization", "kld_mean")

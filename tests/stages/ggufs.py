@@ -26,6 +26,7 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 _LONG = {"short_factor": _HALF, "long_factor": [2 * each for each in _HALF]}
+_BASE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, llama3 rope": ("Llama", rope("llama3", **_LLAMA3)),
     "llama, biases, tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -38,6 +39,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 64}),
     "gemma": ("Gemma", {"head_dim": 64}),
     "gemma2": ("Gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 32}),
+    "gemma2, another base": ("Gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64, **_BASE}),
     "gemma3": (
         "Gemma3Text",
         {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 32, "num_hidden_layers": 7},

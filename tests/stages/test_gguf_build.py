@@ -185,6 +185,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another pattern": ("gemma2", {"layer_types": ["full_attention"] * 4}, "all but every 2th"),
     "another scale": ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar is 99"),
     "experts whose weights do not sum to 1": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+    "an output matrix where there is none": ("gemma2", {"tie_word_embeddings": False}, "no output matrix for a gemma2"),
     "a quantized checkpoint": ("qwen2", {"quantization_config": {"bits": 4}}, "quantization_config"),
 }
 
@@ -204,6 +205,15 @@ def test_what_llama_cpp_would_run_as_another_model_is_refused(case: str, configs
     read_model(configs[name])
     with pytest.raises(UnavailableError, match=words):
         read_model({**configs[name], **change})
+
+
+def test_null_is_not_the_default(configs: dict[str, Any]) -> None:
+    """Mistral's window is 4096 where config.json has no word of it, and none where it says null."""
+    config = {**configs["mistral"], "max_position_embeddings": 32768}
+    assert read_model({**config, "sliding_window": None}).context == 32768
+    del config["sliding_window"]
+    with pytest.raises(UnavailableError, match="this model's is 4096"):
+        read_model(config)
 
 
 def test_a_context_within_the_window_is_the_same_model(configs: dict[str, Any]) -> None:

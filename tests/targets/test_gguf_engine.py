@@ -69,6 +69,14 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(engine: LlamaEng
     assert completions(engine, PROMPTS, Sampling(max_new_tokens=12, temperature=0.9, top_p=0.9, seed=5)) != together
 
 
+def test_a_generation_that_another_request_interrupts_does_not_go_on(engine: LlamaEngine) -> None:
+    tokens = engine.generate([PROMPTS[0]], Sampling(max_new_tokens=4))
+    next(tokens)
+    engine.run({"input_ids": np.array([PROMPTS[1]])})
+    with pytest.raises(StageError, match="another request has taken the engine's cache"):
+        next(tokens)
+
+
 def test_generation_ends_with_the_context(engine: LlamaEngine) -> None:
     prompt = [1, *[700] * 1020]
     assert len(completions(engine, [prompt], Sampling(max_new_tokens=50, eos_token_ids=()))[0]) == 3
