@@ -120,11 +120,19 @@ def _check_machine(engine: str, facts: Mapping[str, Any], scheme: Scheme, family
             )
 
 
-def check_cpu(engine: str, scheme: Scheme, family: Family) -> None:
-    """Refuse what the engine does not run on a CPU."""
+def lacks(engine: str, scheme: Scheme, hardware: Hardware) -> str:
+    """The instruction set that the engine's CPU kernel of a layout needs and a machine does not have; else empty."""
+    needed: str = table()["engines"][engine].get("cpu_isa", {}).get(scheme.layout, "")
+    return "" if not needed or hardware.arch != "x86_64" or needed in hardware.isa else needed
+
+
+def check_cpu(engine: str, scheme: Scheme, family: Family, hardware: Hardware) -> None:
+    """Refuse what the engine does not run on a CPU. On this host what the CPU lacks is deferred, not refused."""
     facts = table()["engines"][engine]
     if scheme.layout not in facts["cpu"]:
         raise RecipeError(f"{engine} on a CPU: {facts['no'][f'cpu_{scheme.layout}']}", hint="or say `device: cuda`")
+    if hardware.name != "host" and (missing := lacks(engine, scheme, hardware)):
+        raise RecipeError(f"{engine} on {hardware.name}, without {missing}: {facts['no']['cpu_isa']}")
     if scheme.bits == 4 and scheme.dtype == "fp32":
         raise RecipeError(f"{engine} on a CPU: {facts['no']['cpu_w4a16_dtype']}", hint="say `dtype: bf16`")
     if family.head_dim not in facts.get("cpu_head_dims", [family.head_dim]):

@@ -96,6 +96,11 @@ def check_serve(serve: Serve, planned: Planned) -> None:
     family: Family = planned.family
     check_parallel(family, planned.scheme, tp=serve.tp)
     facts = table()["engines"]["turbomind"]
+    if planned.scheme.layout == "fp8-block" and family.head_dim % facts["block_head_dim"]:
+        raise RecipeError(
+            f"precision fp8: TurboMind's loader fails on blocks of 128 with heads of {family.head_dim}",
+            hint="say `precision: bf16` or `int4`; vllm serves this model in fp8",
+        )
     if serve.kv_cache != "auto" and family.head_dim not in facts["kv_head_dims"]:
         raise RecipeError(
             f"serve.kv_cache: {serve.kv_cache} needs heads of {facts['kv_head_dims'][0]}, the model's have "

@@ -53,11 +53,11 @@ class TurbomindEngine:
         """`input_ids` [B, T] and `attention_mask` [B, T] -> `logits` [B, T, V] float32."""
         ids = np.asarray(inputs["input_ids"])
         mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
-        told = self._lmdeploy.GenerationConfig(max_new_tokens=1, do_sample=False, output_logits="all")
         rows = [ids[row][mask[row] != 0].tolist() for row in range(len(ids))]
         logits: Array | None = None
-        for row, answer in enumerate(self._infer(rows, told)):
-            found = np.asarray(answer.logits.float().cpu())[: len(rows[row])]
+        engine = self._pipeline.async_engine
+        for row, answer in enumerate(self._pipeline._run(coro=engine.async_get_logits(input_ids=rows)).result()):
+            found = np.asarray(answer.float().cpu())[: len(rows[row])]
             logits = np.zeros((*ids.shape, found.shape[-1]), np.float32) if logits is None else logits
             logits[row, np.flatnonzero(mask[row])] = found
         assert logits is not None
@@ -87,6 +87,19 @@ class TurbomindEngine:
                 yield Token(number, int(token), float(found[token]), place == len(tokens))
 
     def _infer(self, rows: list[list[int]], told: Any) -> list[Any]:
-        """LMDeploy takes token ids as they are where a prompt is a list of them."""
-        found = self._pipeline([{"input_ids": row} for row in rows], gen_config=told, do_preprocess=False)
-        return list(found) if isinstance(found, list) else [found]
+        """Token ids in, as they are: LMDeploy's pipeline would put a chat template around a text."""
+        engine = self._pipeline.async_engine
+
+        async def one(ids: list[int]) -> Any:
+            session, last = engine.session_mgr.get(), None
+            try:
+                async with session.request_handle() as handle:
+                    given = {"session": session, "input_ids": ids, "gen_config": told, "stream_output": False}
+                    async with engine.safe_run(handle, **given) as outputs:
+                        async for each in outputs:
+                            last = each
+            finally:
+                engine.session_mgr.remove(session)
+            return last
+
+        return [self._pipeline._run(coro=one(ids)).result() for ids in rows]

