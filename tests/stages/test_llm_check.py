@@ -103,7 +103,7 @@ ACCEPTED_BY_LMDEPLOY: dict[str, Change] = {
     "shifted nibbles": ("awq", change(f"{DOWN}.qweight", lambda q: q >> 4), None, "off by"),
     "bits: 8": ("awq", None, quantization(bits=8), "quantization_config.bits: is 8"),
     "zero_point: false": ("awq", None, quantization(zero_point=False), "quantization_config.zero_point: is False"),
-    "wrong intermediate_size": ("awq", None, lambda c: c.update(intermediate_size=512), "config.json makes it [512"),
+    "wrong intermediate_size": ("awq", None, lambda c: c.update(intermediate_size=384), "config.json makes it [384"),
 }  # fmt: skip
 OTHERS: dict[str, Change] = {
     "missing zeros": ("awq", drop(f"{DOWN}.qzeros"), None, "qzeros: is missing"),
