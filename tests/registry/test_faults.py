@@ -397,6 +397,20 @@ def test_kill_9_during_a_pull_then_only_the_rest_is_asked_for(proxy: Proxy, push
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_ctrl_c_during_a_pull(proxy: Proxy, pushed: str, tmp_path: Path) -> None:
+    """It ends at the next block, not at the end of the file, and says so."""
+    proxy.faults = [Fault("slow", path=WEIGHT_DIGEST, value=200_000)]
+    running = start("pull", pushed, "--out", tmp_path)
+    wait_for(lambda: list(tmp_path.rglob(f".{WEIGHT_DIGEST[7:]}.partial")), "a part is on the disk")
+    started = time.monotonic()
+    running.signal(signal.SIGINT)
+    done = running.end()
+    assert done.code == 130, done.err
+    assert "interrupted" in done.err and "Traceback" not in done.err
+    assert time.monotonic() - started < 12  # the whole file would take 15 s
+    clean(tmp_path)
+
+
 def test_a_part_that_was_damaged_is_fetched_anew(proxy: Proxy, pushed: str, tmp_path: Path) -> None:
     proxy.faults = [
         Fault("cut", path=WEIGHT_DIGEST, value=1_000_000, times=1),
