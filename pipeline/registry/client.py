@@ -31,6 +31,7 @@ SILENCE_S = 60.0
 """How long a registry may stay silent in the middle of an answer."""
 COMMIT_S = 600.0
 """How long it may take to store a blob that has arrived: some move gigabytes then."""
+CONNECTIONS = 4
 ATTEMPTS = 6
 BACKOFF_S = 0.5
 """Wait after the first failure; it doubles, with jitter."""
@@ -184,10 +185,10 @@ class Client:
             proxy = ""
         if (scheme, proxy) not in self._pools:
             # Reading the system's authorities takes longer than a request on loopback.
-            secure: dict[str, Any] = (
-                {"ssl_context": ssl.create_default_context()} if "https" in (scheme, proxy[:5]) else {}
-            )
-            made = urllib3.ProxyManager(proxy, **secure) if proxy else urllib3.PoolManager(**secure)
+            pool: dict[str, Any] = {"maxsize": CONNECTIONS}
+            if "https" in (scheme, proxy[:5]):
+                pool["ssl_context"] = ssl.create_default_context()
+            made = urllib3.ProxyManager(proxy, **pool) if proxy else urllib3.PoolManager(**pool)
             self._pools[scheme, proxy] = made
         return self._pools[scheme, proxy]
 

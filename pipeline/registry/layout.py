@@ -33,6 +33,8 @@ MAX_INDEX = 64 * 2**20
 class Layout:
     """A repository in a folder; the folder is made by the first write."""
 
+    workers = 1
+
     def __init__(self, root: Path, reference: Reference) -> None:
         self.root = root
         self.reference = reference

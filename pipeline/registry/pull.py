@@ -22,6 +22,7 @@ from pipeline.artifact.place import place, sync, sync_names, write
 from pipeline.artifact.verify import examine
 from pipeline.errors import VerificationError
 from pipeline.registry import attestations, media
+from pipeline.registry.crew import together
 from pipeline.registry.layout import Layout, cannot_write, settle
 from pipeline.registry.media import Descriptor
 from pipeline.registry.pack import Unpacked
@@ -58,10 +59,13 @@ def pull(
     if _there(destination, target):
         _add_attestations(destination, said)
         return Pulled(destination, target.artifact_id, 0, False)
-    fetched = 0
     layers = {file.path: target.layers[file.path] for file in target.manifest.files}
-    for path, layer in layers.items():
-        fetched += fetch(repository, layer, store, path, advance)
+
+    def bring(each: tuple[str, Descriptor], advance: Advance) -> int:
+        path, layer = each
+        return fetch(repository, layer, store, path, advance)
+
+    fetched = sum(together(bring, list(layers.items()), advance, repository.workers))
     given, destination = destination, destination.resolve()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +130,10 @@ def fetch(repository: Repository, blob: Descriptor, store: Layout, name: str, ad
             try:
                 _receive(verified(repository, blob, digest, start, name), stream, advance)
             except VerificationError:
-                advance(-stream.tell())
+                wrong = stream.tell()
                 stream.truncate(0)
                 stream.seek(0)
+                advance(-wrong)
                 if not start:
                     raise
                 # The part from an earlier run may be what is wrong: once more, from the start.

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.artifact import paths
 from pipeline.errors import NetworkError, RecipeError
 from pipeline.registry import attestations, media
+from pipeline.registry.crew import together
 from pipeline.registry.media import Descriptor
 from pipeline.registry.pack import Packed, index, pack
 from pipeline.registry.reference import version_tag
@@ -145,20 +146,25 @@ def _merged(repository: Repository, tag: str, entries: list[Descriptor], *, add:
 
 
 def _blobs(packed: Packed, repository: Repository, sent: Sent, done: set[str], advance: Advance) -> None:
-    """Send what is missing, the small things first."""
+    """Send what is missing."""
     config = packed.config_descriptor
     if not repository.has_blob(config):
         repository.write_blob(config, of_bytes(packed.config))
         sent.blobs += 1
         sent.size_bytes += config.size
-    for path, layer in packed.layers.items():
-        if layer.digest in done:
-            continue
-        done.add(layer.digest)
+    missing = {layer.digest: (path, layer) for path, layer in packed.layers.items() if layer.digest not in done}
+    done.update(missing)
+
+    def send(each: tuple[str, Descriptor], advance: Advance) -> bool:
+        path, layer = each
         if repository.has_blob(layer):
-            sent.present += 1
             advance(layer.size)
-            continue
+            return False
         repository.write_blob(layer, of_file(packed.folder / path, layer), advance)
-        sent.blobs += 1
-        sent.size_bytes += layer.size
+        return True
+
+    layers = list(missing.values())
+    for (_, layer), new in zip(layers, together(send, layers, advance, repository.workers), strict=True):
+        sent.present += not new
+        sent.blobs += new
+        sent.size_bytes += layer.size * new

@@ -22,6 +22,7 @@ from pipeline.registry.answers import (
 from pipeline.registry.client import (
     AGAIN,
     ATTEMPTS,
+    CONNECTIONS,
     TRANSIENT,
     Client,
     MisledError,
@@ -47,6 +48,8 @@ MAX_PAGES = 10_000
 
 class Remote:
     """A repository that is spoken to over HTTP."""
+
+    workers = CONNECTIONS
 
     def __init__(self, reference: Reference, *, plain_http: bool = False, client: Client | None = None) -> None:
         self.reference = reference

@@ -25,6 +25,8 @@ class Repository(Protocol):
     """Manifests by tag and digest, blobs by digest. Digests are checked by whoever reads."""
 
     reference: Reference
+    workers: int
+    """How many transfers it takes at once."""
 
     def manifest(self, reference: str) -> tuple[Descriptor, bytes]:
         """A manifest by tag or digest, its digest computed from its bytes.

@@ -17,8 +17,6 @@ from pipeline.registry.origin import plain
 
 Rank = Literal["exact", "family", "isa", "portable", "no"]
 ORDER: tuple[Rank, ...] = ("exact", "family", "isa", "portable", "no")
-DRIVER = "nvidia-driver"
-"""A requirement of a manifest that is no distribution."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def _objection(manifest: Manifest, hardware: Hardware, *, runtimes: bool) -> str
     able = backend.can_run(freeze(manifest), hardware)
     if not able.ok:
         return able.reason
-    return "; ".join(_lacking(manifest.runtime.requires, hardware)) if runtimes else ""
+    return "; ".join(_lacking(manifest.runtime.requires)) if runtimes else ""
 
 
 def _machine(manifest: Manifest, hardware: Hardware) -> tuple[Rank, str]:
@@ -96,21 +94,26 @@ def _machine(manifest: Manifest, hardware: Hardware) -> tuple[Rank, str]:
 
 
 def _cuda(manifest: Manifest, hardware: Hardware) -> tuple[Rank, str]:
-    devices = [device for device in hardware.devices if device.kind == "cuda"]
-    wanted, need = manifest.target.device.compute_capability, manifest.target.device.min_memory_bytes or 0
-    if not devices:
+    device = manifest.target.device
+    wanted, need, oldest = device.compute_capability, device.min_memory_bytes or 0, device.min_driver or ""
+    here = [each for each in hardware.devices if each.kind == "cuda"]
+    if not here:
         return "no", "needs a CUDA device, and this machine has none"
-    if small := [device for device in devices if device.memory_bytes and device.memory_bytes < need]:
-        devices = [device for device in devices if device not in small]
-        if not devices:
-            return "no", f"needs {_gb(need)} of GPU memory, and {small[0].name} has {_gb(small[0].memory_bytes)}"
+    large = [each for each in here if not each.memory_bytes or each.memory_bytes >= need]
+    if not large:
+        return "no", f"needs {_gb(need)} of GPU memory, and {here[0].name} has {_gb(here[0].memory_bytes)}"
+    fresh = [each for each in large if not (oldest and each.driver) or _at_least(each.driver, oldest)]
+    if not fresh:
+        return "no", f"needs the driver {oldest} or newer, and this machine has {large[0].driver}"
     if not wanted:
-        return "family", f"for any CUDA device, as {devices[0].name}"
-    if exact := [device for device in devices if device.compute_capability in wanted]:
+        return "family", f"for any CUDA device, as {fresh[0].name}"
+    if exact := [each for each in fresh if each.compute_capability in wanted]:
         return "exact", f"built for compute capability {exact[0].compute_capability}, which {exact[0].name} has"
-    if near := [device for device in devices if any(_same_family(device, each) for each in wanted)]:
+    if near := [each for each in fresh if any(_same_family(each, text) for text in wanted)]:
         return "family", f"built for {', '.join(wanted)}, of the same family as {near[0].compute_capability}"
-    have = ", ".join(device.compute_capability or "unknown" for device in devices)
+    if unknown := [each for each in fresh if not each.compute_capability]:
+        return "family", f"built for {', '.join(wanted)}; the compute capability of {unknown[0].name} is unknown"
+    have = ", ".join(each.compute_capability for each in fresh)
     return "no", f"built for compute capability {', '.join(wanted)}, and this machine has {have}"
 
 
@@ -123,11 +126,11 @@ def _same_family(device: Device, wanted: str) -> bool:
     return have[:1] == need[:1] and have >= need
 
 
-def _lacking(requires: Mapping[str, Requirement], hardware: Hardware) -> list[str]:
+def _lacking(requires: Mapping[str, Requirement]) -> list[str]:
     """What is not installed here, or in another version."""
     found = []
     for name, wanted in sorted(requires.items()):
-        have = _installed(name, hardware)
+        have = _installed(name)
         asked = " ".join(
             f"{sign}{text}"
             for sign, text in (("==", wanted.exact), (">=", wanted.min), ("<=", wanted.max))
@@ -140,13 +143,15 @@ def _lacking(requires: Mapping[str, Requirement], hardware: Hardware) -> list[st
     return found
 
 
-def _installed(name: str, hardware: Hardware) -> str | None:
-    if name == DRIVER:
-        return next((device.driver for device in hardware.devices if device.driver), None)
+def _installed(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
+
+
+def _at_least(have: str, oldest: str) -> bool:
+    return _satisfies(have, Requirement(min=oldest))
 
 
 def _satisfies(have: str, wanted: Requirement) -> bool:

@@ -381,7 +381,7 @@ def start(*argv: object) -> Running:
 
 
 def test_kill_9_during_a_pull_then_only_the_rest_is_asked_for(proxy: Proxy, pushed: str, tmp_path: Path) -> None:
-    proxy.faults = [Fault("slow", path=WEIGHT_DIGEST, value=1_500_000)]
+    proxy.faults = [Fault("slow", path=WEIGHT_DIGEST, value=700_000)]
     running = start("pull", pushed, "--out", tmp_path)
     partial = wait_for(lambda: list(tmp_path.rglob(f".{WEIGHT_DIGEST[7:]}.partial")), "a part is on the disk")[0]
     wait_for(lambda: partial.stat().st_size > 1_000_000, "a megabyte is there")
@@ -395,6 +395,20 @@ def test_kill_9_during_a_pull_then_only_the_rest_is_asked_for(proxy: Proxy, push
     assert done["fetched_bytes"] < len(WEIGHTS)
     assert examine(tmp_path / "tiny/cpu").ok
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_ctrl_c_during_a_pull(proxy: Proxy, pushed: str, tmp_path: Path) -> None:
+    """It ends at the next block, not at the end of the file, and says so."""
+    proxy.faults = [Fault("slow", path=WEIGHT_DIGEST, value=200_000)]
+    running = start("pull", pushed, "--out", tmp_path)
+    wait_for(lambda: list(tmp_path.rglob(f".{WEIGHT_DIGEST[7:]}.partial")), "a part is on the disk")
+    started = time.monotonic()
+    running.signal(signal.SIGINT)
+    done = running.end()
+    assert done.code == 130, done.err
+    assert "interrupted" in done.err and "Traceback" not in done.err
+    assert time.monotonic() - started < 12  # the whole file would take 15 s
+    clean(tmp_path)
 
 
 def test_a_part_that_was_damaged_is_fetched_anew(proxy: Proxy, pushed: str, tmp_path: Path) -> None:
@@ -411,7 +425,7 @@ def test_a_part_that_was_damaged_is_fetched_anew(proxy: Proxy, pushed: str, tmp_
 
 
 def test_kill_9_during_a_push(registry: Registry, proxy: Proxy, repository: str, made: Path, tmp_path: Path) -> None:
-    proxy.faults = [Fault("slow", "PUT", "/blobs/uploads/", value=1_500_000)]
+    proxy.faults = [Fault("slow", "PUT", "/blobs/uploads/", value=700_000)]
     ref = f"{proxy.address}/{repository}:1.0.0"
     running = start("push", made, ref)
     wait_for(lambda: any(r.received > 1_000_000 for r in proxy.asked("PUT")), "a megabyte was sent")

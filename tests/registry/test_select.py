@@ -116,10 +116,12 @@ def test_gpu_memory_and_driver() -> None:
     assert "needs 171.8 GB of GPU memory" in select.fit(cuda("x", "9.0", min_memory_bytes=160 << 30), machine).reason
     small, large = replace(H100, memory_bytes=1 << 30), replace(H100, name="second")
     assert select.fit(cuda("x", "9.0", min_memory_bytes=2 << 30), replace(HOST, devices=(small, large))).rank == "exact"
-    needs = Runtime(engine="copy", layout="x", requires={select.DRIVER: Requirement(min="560")})
-    newer = replace(cuda("x", "9.0"), runtime=needs)
-    assert "needs nvidia-driver >=560, and 550.54 is installed" in select.fit(newer, machine).reason
-    assert select.fit(newer, machine, runtimes=False).ok
+    newer = cuda("x", "9.0", min_driver="560.1")
+    assert select.fit(newer, machine).reason == "needs the driver 560.1 or newer, and this machine has 550.54"
+    for driver in ("560.1", "570", ""):
+        assert select.fit(newer, replace(HOST, devices=(replace(H100, driver=driver),))).rank == "exact"
+    unknown = replace(HOST, devices=(replace(H100, compute_capability=""),))
+    assert "is unknown" in select.fit(cuda("x", "9.0"), unknown).reason
 
 
 def test_what_is_portable_runs_on_another_architecture() -> None:
