@@ -69,7 +69,7 @@ def test_the_artifact_proves_itself_and_generates(artifact: Path) -> None:
 def test_the_manifest_says_for_what_the_blob_is(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
     stages = {stage["id"]: stage for stage in manifest["stages"]}
-    assert stages["engine"]["scope"] == "device" and "openvino" in stages["engine"]["tools"]
+    assert stages["engine"]["scope"] == "isa" and "openvino" in stages["engine"]["tools"]
     assert manifest["target"]["isa"] and manifest["target"]["device"]["kind"] == "cpu"
     assert manifest["runtime"]["settings"]["kv_cache"] == "u8"
     assert manifest["runtime"]["settings"]["execution"] in ("f32", "bf16")
