@@ -161,4 +161,4 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-STAGE = Stage("openvino.compile", run, version=1, tools=("openvino",), scope="device")
+STAGE = Stage("openvino.compile", run, version=1, tools=("openvino",), scope="isa")

@@ -87,4 +87,5 @@ def _mode(options: CompressOptions) -> Any:
     return nncf().CompressWeightsMode("int4_sym" if options.compression.symmetric else "int4_asym")
 
 
-STAGE = Stage("openvino.compress", run, version=1, tools=("numpy", "openvino", "nncf"))
+STAGE = Stage("openvino.compress", run, version=1, tools=("numpy", "openvino", "nncf"), scope="isa")
+"""NNCF runs the model where a method asks for activations: their last digits depend on the CPU."""

@@ -88,7 +88,8 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     """fetch, reference, export, ir, engine, parity. What is not fp32 is held against the reference before that, too:
     the conversion alone (`unquantized`), and the engine's weights executed in f32 (`parity.f32`).
 
-    An engine for a machine that this one is not is neither compiled nor judged here: that is deferred.
+    A blob is for a CPU with the features of this one, so it is compiled for no other. An engine for a machine with
+    features that this one lacks is not judged here, either: that is deferred.
     """
     if job.kind == "seq2seq":
         raise UnavailableError("the openvino target builds no encoder-decoders", hint="use runtime: onnxruntime")
@@ -96,7 +97,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     tokenizer = _tokenizer(job, options)
     common = (fetch_model(job), *reference_steps(job), *tokenizer, *_export(job, options))
     runs_here = _runs_here(settings, hardware)
-    compiles = options.compile and runs_here
+    compiles = options.compile and runs_here and hardware.isa == machines.probe().isa
     last = "ir" if compiles else "engine"
     unquantized, made = _made(job, options, settings, last, bool(tokenizer))
     compiled: tuple[Step, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class OvModel:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._request = graph.request()
+        self._lock = threading.Lock()
 
     @property
     def source(self) -> str:
@@ -79,8 +81,8 @@ class OvModel:
                 f"the engine takes {', '.join(self._graph.inputs)}; given: {', '.join(inputs) or 'nothing'}",
                 hint="see the artifact's interface: `enginewright inspect`",
             )
-        # The request writes its next answers into the same memory.
-        return {name: np.array(value) for name, value in self._graph.infer(self._request, feeds).items()}
+        with self._lock:  # the request writes its next answers into the same memory
+            return {name: np.array(value) for name, value in self._graph.infer(self._request, feeds).items()}
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Refused: there is no text to generate."""
