@@ -87,8 +87,8 @@ def section(result: Mapping[str, Any]) -> str:
             f"{told['processors']} processors of {told['arch']}, two threads each. llama.cpp was compiled for this "
             "machine, the prebuilt library that we use for any; it needs the "
             f"{result['between_bytes'] / 1e9:.1f} GB between its two steps on disk, and its peak counts the pages of "
-            f"the file that it maps. {result['equal']} of {result['tensors']} tensors of the two results are equal byte "
-            "by byte.",
+            f"the file that it maps. {result['equal']} of {result['tensors']} tensors of the two are equal byte by "
+            "byte.",
             "",
             table(("", "CPU s", "wall s", "peak MB"), rows),
             "",
