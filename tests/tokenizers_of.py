@@ -44,7 +44,8 @@ def byte_level(pre: str, size: int = 800) -> str:
 
 @cache
 def sentencepiece(style: str, size: int = 900) -> str:
-    """tokenizer.json of a BPE with byte fallback: `llama` puts a space in front, `gemma` does not."""
+    """tokenizer.json of a BPE with byte fallback: `llama` puts a space in front of every part of a text between
+    special tokens, `mistral` of the first part, `gemma` of none."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
@@ -56,6 +57,7 @@ def sentencepiece(style: str, size: int = 900) -> str:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = {"type": "Prepend", "prepend": "▁"}
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     document = {
         "version": "1.0",
         "truncation": None,
@@ -65,8 +67,12 @@ def sentencepiece(style: str, size: int = 900) -> str:
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for index, token in enumerate(special)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if style == "llama" else replace,
-        "pre_tokenizer": None if style == "llama" else split,
+        "normalizer": {
+            "llama": {"type": "Sequence", "normalizers": [prepend, replace]},
+            "gemma": replace,
+            "mistral": None,
+        }[style],
+        "pre_tokenizer": {"llama": None, "gemma": split, "mistral": first}[style],
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],

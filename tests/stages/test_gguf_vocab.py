@@ -56,6 +56,15 @@ def test_sentencepiece_from_tokenizer_json_alone(tiny: Path, tmp_path: Path, sty
     assert compare(open_file(engine, vocab_only=True), engine / "tokenizer.json")[0] == []
 
 
+def test_a_space_that_llama_cpp_puts_elsewhere_is_counted(tiny: Path, tmp_path: Path) -> None:
+    """Metaspace puts one before the first part of a text alone, and none before a space: GGUF can say neither."""
+    model = with_tokenizer(tiny, tmp_path / "model", sentencepiece("mistral"))
+    engine = build(model, tmp_path / "out", "F16")
+    differences, _ = compare(open_file(engine, vocab_only=True), engine / "tokenizer.json")
+    assert len([each for each in differences if each.kind == "added"]) > 4
+    assert all(each.text.startswith(" ") for each in differences if each.kind != "added")
+
+
 def test_constant_scores_would_be_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the official converter writes where there is no tokenizer.model: it loads, and reads most texts wrongly."""
     flat(monkeypatch, scores=lambda vocab: tuple(-1000.0 for _ in vocab.scores))

@@ -1,11 +1,11 @@
 """A 7B-shaped checkpoint to Q4_K_M: our one pass beside llama.cpp's converter and quantizer, in one run.
 
     python bench/random_weights.py --preset llama-2-7b shape-7b
-    python bench/gguf.py shape-7b --tree vendor/llama.cpp
+    python bench/gguf_build.py shape-7b --tree vendor/llama.cpp
 
-TREE is llama.cpp's source with libllama built (docs/decisions/gguf.md). Prints a table and writes gguf.json to .bench;
-the tensors of the two results are compared byte by byte. Needs 18 GB of disk. Peak memory is ru_maxrss: llama.cpp maps
-its input, so pages of the file that it has read count as its memory.
+TREE is llama.cpp's source with libllama built (docs/decisions/gguf.md). Prints a table, writes gguf.json to .bench and
+the section of docs/benchmarks.md; the tensors of the two results are compared byte by byte. Needs 18 GB of disk. Peak
+memory is ru_maxrss: llama.cpp maps its input, so pages of the file that it has read count as its memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import environments
 import machine
 import measure
+from machine import ROOT
+from tables import megabytes, table
 
 OURS = """\
 import sys
@@ -42,7 +46,7 @@ a, b = read_tensors(ours), read_tensors(theirs)
 equal = sum(name in b and a[name].type == b[name].type and a[name].read(ours) == b[name].read(theirs) for name in a)
 print(equal, len(a), len(b))
 """
-ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- gguf: begin -->", "<!-- gguf: end -->"
 
 
 def measured(*argv: object) -> dict[str, Any]:
@@ -55,11 +59,49 @@ def measured(*argv: object) -> dict[str, Any]:
     return {"cpu_s": round(cost.cpu_s, 1), "wall_s": round(cost.wall_s, 1), "peak_bytes": cost.peak_bytes}
 
 
+def write(result: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
+    """Replace the section in the page of benchmarks, or put it before its list of versions."""
+    text = file.read_text("utf-8")
+    made = f"{BEGIN}\n{section(result)}{END}\n"
+    if BEGIN in text:
+        text = text[: text.index(BEGIN)] + made.rstrip() + text[text.index(END) + len(END) :]
+    else:
+        place = text.index("## Versions")
+        text = f"{text[:place]}{made}\n{text[place:]}"
+    file.write_text(text, "utf-8")
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The page's section."""
+    told = result["machine"]
+    rows = [
+        [name, f"{row['cpu_s']:.1f}", f"{row['wall_s']:.1f}", megabytes(row["peak_bytes"])]
+        for name, row in result["rows"].items()
+    ]
+    return "\n".join(
+        [
+            "## GGUF",
+            "",
+            f"{result['title']}, {result['input_bytes'] / 1e9:.1f} GB in bf16, to {result['label']} "
+            f"({result['output_bytes'] / 1e9:.2f} GB), in one run of `bench/gguf_build.py` on {result['date']}, "
+            f"{told['processors']} processors of {told['arch']}, two threads each. llama.cpp was compiled for this "
+            "machine, the prebuilt library that we use for any; it needs the "
+            f"{result['between_bytes'] / 1e9:.1f} GB between its two steps on disk, and its peak counts the pages of "
+            f"the file that it maps. {result['equal']} of {result['tensors']} tensors of the two are equal byte by "
+            "byte.",
+            "",
+            table(("", "CPU s", "wall s", "peak MB"), rows),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tree", type=Path, required=True)
     parser.add_argument("--label", default="Q4_K_M")
+    parser.add_argument("--title", default="A checkpoint of the shape of Llama-2-7B", help="the model in the page")
     parser.add_argument("--scratch", type=Path, help="where the files go; a temporary folder")
     arguments = parser.parse_args()
     peer = ROOT / "bench" / "llama_cpp.py"
@@ -82,6 +124,8 @@ def main() -> None:
         ).stdout.split()
         result = {
             "label": arguments.label,
+            "title": arguments.title,
+            "date": datetime.now(UTC).date().isoformat(),
             "rows": rows,
             "equal": int(same[0]),
             "tensors": int(same[1]),
@@ -95,6 +139,7 @@ def main() -> None:
     print(f"{result['equal']} of {result['tensors']} tensors equal, {result['output_bytes'] / 1e9:.2f} GB")
     environments.HOME.mkdir(exist_ok=True)
     (environments.HOME / "gguf.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write(result)
 
 
 if __name__ == "__main__":
