@@ -103,11 +103,12 @@ def _controlled(
     plain = {"INFERENCE_PRECISION_HINT": "f32"}
     before = ov.Core().compile_model(model, "CPU", plain)
     name = before.outputs[-1].get_any_name()
-    expected = [np.asarray(before(sample)[name]).reshape(-1) for sample in second]
+    judged = [(sample, np.asarray(before(sample)[name]).reshape(-1)) for sample in second]
 
-    def cosine(compiled: Any, _: Any) -> tuple[float, list[float]]:
+    def cosine(compiled: Any, items: Any) -> tuple[float, list[float]]:
+        """NNCF asks for all of `judged`, or for some to rank the layers by."""
         values = []
-        for sample, wanted in zip(second, expected, strict=True):
+        for sample, wanted in items:
             got = np.asarray(compiled(sample)[name]).reshape(-1)
             values.append(float(got @ wanted / (np.linalg.norm(got) * np.linalg.norm(wanted))))
         return float(np.mean(values)), values
@@ -115,7 +116,7 @@ def _controlled(
     return nncf().quantize_with_accuracy_control(
         model,
         calibration_dataset=nncf().Dataset(first),
-        validation_dataset=nncf().Dataset(second),
+        validation_dataset=nncf().Dataset(judged, lambda item: item[0]),
         validation_fn=cosine,
         max_drop=max_drop,
         drop_type=nncf().DropType.ABSOLUTE,

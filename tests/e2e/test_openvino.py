@@ -164,7 +164,8 @@ targets:
   fp16: {{runtime: openvino, precision: fp16, gates: {loose}}}
   weights: {{runtime: openvino, precision: int8, scheme: weights, gates: {loose}}}
 """
-PTQ = "  int8: {{runtime: openvino, precision: int8, gates: {{cosine_mean: 0.9, cosine_min: 0.8, {last}: null}}}}\n"
+# Of two random labels a token the direction is chance where both are small.
+PTQ = "  int8: {{runtime: openvino, precision: int8, gates: {{cosine_mean: 0.9, cosine_min: null, {last}: null}}}}\n"
 
 
 @pytest.mark.slow
