@@ -111,7 +111,7 @@ def measured(kind: str, runs: int) -> dict[str, Any]:
         found["steps"][f"graph {precision}"] = step(trt_graph.STAGE, graph, inputs, out, runs)
         engine = EngineOptions(
             flavour="tensorrt-rtx", capabilities=CAPABILITIES, together=True, batch=(1, 8, 32), sequence=(1, 128, 512),
-            build=Build(agree=False),
+            build=Build(),
         )  # fmt: skip
         made = place / f"engine-{precision}"
         found["steps"][f"engine {precision}"] = step(trt_engine.STAGE_RTX, engine, {"graph": out}, made, runs)
