@@ -32,8 +32,8 @@ def sections(document: Mapping[str, Any]) -> str:
         "",
         f"Measured by `bench/trt.py` on {document['date']}: TensorRT-RTX {document['version']}, one engine for compute "
         f"capabilities {machines}, random weights, batch up to 32, length up to 512. Each row is the process of one "
-        "step; the median, with smallest and largest. An engine is compiled on one core, until two plans are equal: "
-        "its row is one compilation. No peer builds these engines without a GPU.",
+        "step; the median, with smallest and largest. An engine is compiled on one core. No peer builds these engines "
+        "without a GPU.",
         "",
     ]
     for found in document["models"].values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import click
 from pipeline import __version__, hardware, targets
 from pipeline.cli import preflight
 from pipeline.cli.console import megabytes, table
-from pipeline.cli.prepare import prepare
+from pipeline.cli.prepare import Prepared, prepare
 from pipeline.errors import EnginewrightError, UnavailableError
 from pipeline.run import toolchain
 from pipeline.store import Store, open_store
@@ -128,8 +128,19 @@ def _recipe(path: Path, store: Store, host: hardware.Hardware) -> tuple[dict[str
         "memory_need_bytes": memory,
         "targets": list(prepared.recipe.targets),
         "steps": len(prepared.plan.steps),
+        "notes": list(_notes(prepared)),
     }
     return report, problems
+
+
+def _notes(prepared: Prepared) -> Iterator[str]:
+    """What fits, and is not what one would choose for it."""
+    for name, target in prepared.recipe.targets.items():
+        if prepared.job.kind == "decoder" and target.runtime in ("tensorrt", "tensorrt-rtx"):
+            yield (
+                f"{name}: a decoder with a static cache answers one user well; a server for many is TurboMind's or "
+                "vLLM's work"
+            )
 
 
 def _text(found: Mapping[str, Any]) -> str:
@@ -154,6 +165,7 @@ def _text(found: Mapping[str, Any]) -> str:
                 f"  {len(recipe['targets'])} targets, {recipe['steps']} steps, about "
                 f"{megabytes(recipe['disk_need_bytes'])} of disk and {megabytes(recipe['memory_need_bytes'])} of memory"
             )
+        lines += [f"  note: {note}" for note in recipe.get("notes", ())]
     return "\n".join(lines)
 
 

@@ -1,9 +1,8 @@
 """Compile a plan in a process of its own, arranged so that the same graph gives the same bytes.
 
-TensorRT-RTX orders some of what it writes by the addresses of objects and by which of its threads comes first: of six
-builds of one graph, one or two differed, in a dozen bytes. On one core and without randomized addresses one in ten
-does; so `build_agreed` compiles until two are equal. The process' environment, folder and arguments move addresses,
-too, and are the same each time.
+TensorRT-RTX orders some of what it writes by the addresses of objects. So the process runs on one core, without
+randomized addresses, with an environment, a folder and arguments that are always the same, and with a clock that stands
+still for the library. Where the system forbids a part of that, `build_agreed` compiles until two plans are equal.
 
 `python -P -m pipeline.stages.trt_alone`, in a folder with job.json and model.onnx, writes plan and built.json there. On
 standard output it says {"progress": [...]} a line, and at last {"error": {...}} or nothing.
@@ -25,12 +24,13 @@ from typing import Any
 
 from pipeline.errors import BY_EXIT_CODE, EnginewrightError, StageError
 from pipeline.plain import from_plain, to_plain
-from pipeline.stages import trt_api
+from pipeline.stages import trt_api, trt_clock
 from pipeline.stages.trt_build import Build, Built, Profile, build
 from pipeline.stages.trt_flavours import flavour
 from pipeline.step import Progress
 
 _NO_RANDOMIZE = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
+_ASK = 0xFFFFFFFF  # what the personality is
 _ATTEMPTS = 5
 _SETTLED = "ENGINEWRIGHT_SETTLED"
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
@@ -87,7 +87,8 @@ def build_alone(
                 f"the process that compiles ended with code {child.returncode} and no plan",
                 hint="see the step's log; a negative code is a signal: -9 is most often want of memory",
             )
-        return Built((place / "plan").read_bytes(), json.loads((place / "built.json").read_text("utf-8")), b"")
+        about = json.loads((place / "built.json").read_text("utf-8"))
+        return Built((place / "plan").read_bytes(), about["network"], b"", settled=about["settled"])
 
 
 def build_agreed(
@@ -100,12 +101,13 @@ def build_agreed(
     sparse: bool,
     progress: Progress,
 ) -> Built:
-    """`build_alone` until two plans are equal; after `_ATTEMPTS` that all differ, the one with the lowest digest."""
+    """`build_alone`; where the process could not settle, until two plans are equal. After `_ATTEMPTS` that all differ,
+    the one with the lowest digest."""
     seen: dict[str, Built] = {}
-    for _ in range(_ATTEMPTS if options.agree else 1):
+    for _ in range(_ATTEMPTS):
         made = build_alone(name, onnx, profiles, options, capabilities, sparse=sparse, progress=progress)
         digest = hashlib.sha256(made.plan).hexdigest()
-        if digest in seen or not options.agree:
+        if made.settled or digest in seen:
             return made
         seen[digest] = made
     return seen[min(seen)]
@@ -123,9 +125,11 @@ def main() -> int:
         speak.write(json.dumps({"progress": [done, total, note]}) + "\n")
 
     try:
+        trt = trt_api.load(job["flavour"])
+        still = trt_clock.stop("libtensorrt", "libstdc++")
         profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in job["profiles"]]
         made = build(
-            trt_api.load(job["flavour"]),
+            trt,
             flavour(job["flavour"]),
             Path(job["onnx"]),
             profiles,  # type: ignore[arg-type]  # three shapes each: written by build_alone
@@ -139,7 +143,8 @@ def main() -> int:
         speak.write(json.dumps({"error": detail}) + "\n")
         return error.exit_code
     Path("plan").write_bytes(made.plan)
-    Path("built.json").write_text(json.dumps(made.network), "utf-8")
+    fixed = bool(still) and ctypes.CDLL(None).personality(_ASK) & _NO_RANDOMIZE != 0
+    Path("built.json").write_text(json.dumps({"network": made.network, "settled": fixed}), "utf-8")
     return 0
 
 

@@ -42,11 +42,6 @@ class Build:
         False, "tensorrt: a plan that newer versions run, too. Its host code stays out: the lean runtime is loaded."
     )
     strip_weights: bool = option(False, "tensorrt: leave the weights out of the plan; they are refitted where it runs.")
-    agree: bool = option(
-        True,
-        "tensorrt-rtx: compile until two plans are equal. One in ten differs in a dozen bytes, by the order of "
-        "the library's threads; so equal recipes give equal artifacts, for twice the time.",
-    )
     weight_streaming: bool = option(False, "Let weights stay in host memory, within a budget that is set when it runs.")
 
 
@@ -59,6 +54,8 @@ class Built:
     """Layers, and the inputs and outputs with their types, as the parser understood them."""
     timing: bytes
     """What the builder learned of this GPU's kernels; empty where the flavour keeps nothing."""
+    settled: bool = False
+    """Whether it was built where nothing but the graph decides on its bytes."""
 
 
 def build(

@@ -30,7 +30,7 @@ class Typing:
     )
     head: Literal["keep", "same"] = option("keep", "int4: the product that makes the logits: fp16, or as the others.")
     calibration: Literal["minmax", "entropy", "percentile"] = option(
-        "minmax",
+        "percentile",
         "int8, fp8: what the range covers: all values, those that keep most information, or a share of them.",
     )
     percentile: float = option(99.99, "Calibration `percentile`: how many of the values.", unit="%", ge=90, le=100)

@@ -134,10 +134,11 @@ class Session:
             yield
 
     def tensor(self, name: str, array: Array) -> Any:
-        """An array in the type of an input, on the device."""
+        """An array in the type of an input, where the engine reads it: on the device, or on the host for a shape."""
         import torch
 
-        return torch.as_tensor(np.ascontiguousarray(array)).to(device=self.device, dtype=self.dtypes[name])
+        place = "cpu" if self.engine.is_shape_inference_io(name) else self.device
+        return torch.as_tensor(np.ascontiguousarray(array)).to(device=place, dtype=self.dtypes[name])
 
 
 def _array(tensor: Any) -> Array:

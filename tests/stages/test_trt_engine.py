@@ -49,7 +49,7 @@ def build(decoder: dict[str, Path], out: Path, progress: Any = silent, **over: A
     out.mkdir()
     fields: dict[str, Any] = {
         "flavour": "tensorrt-rtx", "capabilities": tuple(BITS), "together": True, "batch": (1, 2, 4),
-        "sequence": (1, 8, 16), "build": Build(agree=False), **over,
+        "sequence": (1, 8, 16), "build": Build(), **over,
     }  # fmt: skip
     trt_engine.run({"graph": decoder["graph"]}, EngineOptions(**fields), out, progress)
     return out
@@ -86,18 +86,23 @@ def test_plans_apart(decoder: dict[str, Path], tmp_path: Path) -> None:
     assert {name: mask_of(out / "1" / name) for name in plans.values()} == {plans[each]: BITS[each] for each in plans}
 
 
-def test_two_plans_must_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_again(decoder: dict[str, Path], tmp_path: Path) -> None:
+    plans = [build(decoder, tmp_path / name) / "1" / "model.plan" for name in ("one", "another")]
+    assert plans[0].read_bytes() == plans[1].read_bytes()
+
+
+def test_two_plans_must_agree_where_the_process_cannot_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever plan comes twice first is taken; of five that all differ the one with the lowest digest."""
 
-    def agreed(plans: list[bytes], **options: Any) -> tuple[bytes, int]:
+    def agreed(plans: list[bytes], settled: bool = False) -> tuple[bytes, int]:
         rest = iter(plans)
-        monkeypatch.setattr(trt_alone, "build_alone", lambda *_, **__: Built(next(rest), {}, b""))
-        made = trt_alone.build_agreed("tensorrt-rtx", tmp_path, [], Build(**options), [], sparse=False, progress=silent)
+        monkeypatch.setattr(trt_alone, "build_alone", lambda *_, **__: Built(next(rest), {}, b"", settled))
+        made = trt_alone.build_agreed("tensorrt-rtx", tmp_path, [], Build(), [], sparse=False, progress=silent)
         return made.plan, len(plans) - len(list(rest))
 
     assert agreed([b"a", b"b", b"a", b"c"]) == (b"a", 3)
     assert agreed([b"a", b"a", b"b"]) == (b"a", 2)
-    assert agreed([b"a", b"b"], agree=False) == (b"a", 1)
+    assert agreed([b"a", b"b"], settled=True) == (b"a", 1)
     five = [b"a", b"b", b"c", b"d", b"e"]
     assert agreed(five) == agreed(five[::-1]) == (min(five, key=lambda plan: hashlib.sha256(plan).digest()), 5)
 
