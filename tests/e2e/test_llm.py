@@ -93,7 +93,7 @@ def test_an_artifact_is_used_as_any_other(built: Made) -> None:
 def test_a_gate_that_the_checkpoint_fails_fails_the_build(built: Made, tmp_path: Path) -> None:
     site = built[0].elsewhere(tmp_path / "strict")
     done = site.build("--target", "tm-w4a16", "--set", "targets.tm-w4a16.gates.kld_mean=1e-12")
-    refused(done, 4, "tm-w4a16: kld_mean", "nothing was published")
+    refused(done, 4, "tm-w4a16: its checkpoint", "kld_mean", "nothing was published")
     assert not list(site.out.glob("*/*/manifest.json"))
 
 
