@@ -107,7 +107,7 @@ def build_agreed(
     for _ in range(_ATTEMPTS):
         made = build_alone(name, onnx, profiles, options, capabilities, sparse=sparse, progress=progress)
         digest = hashlib.sha256(made.plan).hexdigest()
-        if made.settled or digest in seen:
+        if digest in seen:  # also of a settled process one plan in ten differs
             return made
         seen[digest] = made
     return seen[min(seen)]
