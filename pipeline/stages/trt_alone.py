@@ -1,8 +1,8 @@
-"""Compile a plan in a process of its own, arranged so that the same graph gives the same bytes.
+"""Compile a plan in a process of its own, arranged so that the same graph mostly gives the same bytes.
 
 TensorRT-RTX orders some of what it writes by the addresses of objects. So the process runs on one core, without
-randomized addresses, with an environment, a folder and arguments that are always the same, and with a clock that stands
-still for the library. Where the system forbids a part of that, `build_agreed` compiles until two plans are equal.
+randomized addresses, with an environment, a folder and arguments that are always the same. What is left is the clock:
+the library formats durations, and their length moves its heap (see docs/decisions/tensorrt.md).
 
 `python -P -m pipeline.stages.trt_alone`, in a folder with job.json and model.onnx, writes plan and built.json there. On
 standard output it says {"progress": [...]} a line, and at last {"error": {...}} or nothing.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import subprocess
@@ -24,14 +23,12 @@ from typing import Any
 
 from pipeline.errors import BY_EXIT_CODE, EnginewrightError, StageError
 from pipeline.plain import from_plain, to_plain
-from pipeline.stages import trt_api, trt_clock
+from pipeline.stages import trt_api
 from pipeline.stages.trt_build import Build, Built, Profile, build
 from pipeline.stages.trt_flavours import flavour
 from pipeline.step import Progress
 
 _NO_RANDOMIZE = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
-_ASK = 0xFFFFFFFF  # what the personality is
-_ATTEMPTS = 5
 _SETTLED = "ENGINEWRIGHT_SETTLED"
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
 """Variables that the process needs; all others could differ between two builds."""
@@ -88,29 +85,7 @@ def build_alone(
                 hint="see the step's log; a negative code is a signal: -9 is most often want of memory",
             )
         about = json.loads((place / "built.json").read_text("utf-8"))
-        return Built((place / "plan").read_bytes(), about["network"], b"", settled=about["settled"])
-
-
-def build_agreed(
-    name: str,
-    onnx: Path,
-    profiles: Sequence[Profile],
-    options: Build,
-    capabilities: Sequence[str],
-    *,
-    sparse: bool,
-    progress: Progress,
-) -> Built:
-    """`build_alone`; where the process could not settle, until two plans are equal. After `_ATTEMPTS` that all differ,
-    the one with the lowest digest."""
-    seen: dict[str, Built] = {}
-    for _ in range(_ATTEMPTS):
-        made = build_alone(name, onnx, profiles, options, capabilities, sparse=sparse, progress=progress)
-        digest = hashlib.sha256(made.plan).hexdigest()
-        if digest in seen:  # also of a settled process one plan in ten differs
-            return made
-        seen[digest] = made
-    return seen[min(seen)]
+        return Built((place / "plan").read_bytes(), about["network"], b"")
 
 
 def main() -> int:
@@ -126,7 +101,6 @@ def main() -> int:
 
     try:
         trt = trt_api.load(job["flavour"])
-        still = trt_clock.stop("libtensorrt", "libstdc++")
         profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in job["profiles"]]
         made = build(
             trt,
@@ -143,8 +117,7 @@ def main() -> int:
         speak.write(json.dumps({"error": detail}) + "\n")
         return error.exit_code
     Path("plan").write_bytes(made.plan)
-    fixed = bool(still) and ctypes.CDLL(None).personality(_ASK) & _NO_RANDOMIZE != 0
-    Path("built.json").write_text(json.dumps({"network": made.network, "settled": fixed}), "utf-8")
+    Path("built.json").write_text(json.dumps({"network": made.network}), "utf-8")
     return 0
 
 

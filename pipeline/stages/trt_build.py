@@ -54,8 +54,6 @@ class Built:
     """Layers, and the inputs and outputs with their types, as the parser understood them."""
     timing: bytes
     """What the builder learned of this GPU's kernels; empty where the flavour keeps nothing."""
-    settled: bool = False
-    """Whether it was built where nothing but the graph decides on its bytes."""
 
 
 def build(

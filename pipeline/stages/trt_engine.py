@@ -17,7 +17,7 @@ from pipeline.digest import sha256_file
 from pipeline.errors import StageError
 from pipeline.recipe import option
 from pipeline.stages import trt_api, trt_triton
-from pipeline.stages.trt_alone import build_agreed
+from pipeline.stages.trt_alone import build_alone
 from pipeline.stages.trt_build import Build, Profile, build, write_network
 from pipeline.stages.trt_flavours import Flavour, flavour, sm
 from pipeline.step import Inputs, Progress, Stage
@@ -61,7 +61,7 @@ def run(inputs: Inputs, options: EngineOptions, out: Path, progress: Progress) -
 
         share = _Share(progress, index, len(groups), ", ".join(map(sm, group)))
         if asked.builds_on_cpu:
-            made = build_agreed(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=share)
+            made = build_alone(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=share)
         else:
             made = build(
                 trt, asked, onnx, profiles, options.build, group, sparse=options.sparse, progress=share,
@@ -170,7 +170,13 @@ class _Timing:
             temporary.replace(path)
 
 
-STAGE_RTX = Stage("tensorrt-rtx.engine", run, version=1, tools=("onnx", *flavour("tensorrt-rtx").distributions))
+STAGE_RTX = Stage(
+    "tensorrt-rtx.engine",
+    run,
+    version=1,
+    tools=("onnx", *flavour("tensorrt-rtx").distributions),
+    deterministic=False,  # three plans in ten differ in a dozen bytes: see trt_alone.py
+)
 STAGE = Stage(
     "tensorrt.engine", run, version=1, tools=("onnx", *flavour("tensorrt").distributions), scope="device",
     deterministic=False,

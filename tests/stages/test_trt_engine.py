@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.stages import trt_alone, trt_api, trt_decoder, trt_engine, trt_graph, trt_preflight, trt_triton
-from pipeline.stages.trt_build import Build, Built
+from pipeline.stages import trt_api, trt_decoder, trt_engine, trt_graph, trt_preflight, trt_triton
+from pipeline.stages.trt_build import Build
 from pipeline.stages.trt_decoder import StaticOptions
 from pipeline.stages.trt_engine import EngineOptions
 from pipeline.stages.trt_flavours import flavour
@@ -84,26 +84,6 @@ def test_plans_apart(decoder: dict[str, Path], tmp_path: Path) -> None:
     plans = {"8.6": "model.sm86.plan", "12.0": "model.sm120.plan"}
     assert trt_triton.read((out / "config.pbtxt").read_text())["cc_model_filenames"] == plans
     assert {name: mask_of(out / "1" / name) for name in plans.values()} == {plans[each]: BITS[each] for each in plans}
-
-
-def test_the_same_bytes_again(decoder: dict[str, Path], tmp_path: Path) -> None:
-    plans = [build(decoder, tmp_path / name) / "1" / "model.plan" for name in ("one", "another")]
-    assert plans[0].read_bytes() == plans[1].read_bytes()
-
-
-def test_two_plans_must_agree_where_the_process_cannot_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever plan comes twice first is taken; of five that all differ the one with the lowest digest."""
-
-    def agreed(plans: list[bytes], settled: bool = False) -> tuple[bytes, int]:
-        rest = iter(plans)
-        monkeypatch.setattr(trt_alone, "build_alone", lambda *_, **__: Built(next(rest), {}, b"", settled))
-        made = trt_alone.build_agreed("tensorrt-rtx", tmp_path, [], Build(), [], sparse=False, progress=silent)
-        return made.plan, len(plans) - len(list(rest))
-
-    assert agreed([b"a", b"b", b"a", b"c"]) == (b"a", 3)
-    assert agreed([b"a", b"a", b"b"]) == (b"a", 2)
-    five = [b"a", b"b", b"c", b"d", b"e"]
-    assert agreed(five) == agreed(five[::-1]) == (min(five, key=lambda plan: hashlib.sha256(plan).digest()), 5)
 
 
 def test_progress_can_cancel(decoder: dict[str, Path], tmp_path: Path) -> None:
