@@ -86,6 +86,12 @@ def facts(hardware: Hardware, scope: Scope) -> dict[str, Any]:
     return found
 
 
+def no_cuda(hardware: Hardware) -> str | None:
+    """Why an engine for CUDA cannot run on a machine; None when it has such a device."""
+    found = any(device.kind == "cuda" for device in hardware.devices)
+    return None if found else "needs a CUDA device, and this machine has none"
+
+
 def load(name: str) -> Hardware:
     """`host` or a profile by name. Raises RecipeError for a name that is neither."""
     if name == "host":

@@ -138,17 +138,17 @@ def _targets(kind: str, config: Mapping[str, Any], host: Hardware) -> dict[str, 
         state = runtime_state(runtime)
         if not state["ok"]:
             missing.append(f"{runtime}: {state['reason']}")
-        elif runtime != "copy":
-            target = targets.load(runtime)
-            if (why_not := getattr(target, "why_not", None)) and why_not(kind, config):
-                continue  # a backend of some families says so: not this one
-            options = target.Options
-            for precision, reason in _precisions(options, kind, host):
-                called = precision.lower()
-                name = f"cpu-{called}" if f"cpu-{called}" not in found else f"{runtime}-{called}"
-                found[name] = options, {"runtime": runtime, "precision": precision}, reason
+            continue
+        target = targets.load(runtime)
+        if (why_not := target.why_not(kind, config, host)) is not None:
+            missing += [f"{runtime}: {why_not}"] if why_not else []
+            continue
+        for precision, reason in _precisions(target.Options, kind, host):
+            called = precision.lower()
+            name = f"cpu-{called}" if f"cpu-{called}" not in found else f"{runtime}-{called}"
+            found[name] = target.Options, {"runtime": runtime, "precision": precision}, reason
     if not found:
-        raise UnavailableError("no backend is installed here", hint="\n".join(missing))
+        raise UnavailableError("no backend here builds it", hint="\n".join(missing))
     return found
 
 

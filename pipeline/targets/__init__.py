@@ -60,6 +60,11 @@ class Target(Protocol):
     EXTRA: str
     """The extra of this distribution that installs what the target needs."""
 
+    def why_not(self, kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+        """Why `init` should not propose it for a model and a machine; None when it should.
+        Empty: not proposed, and no word about it."""
+        ...
+
     def steps(self, job: Job, name: str, options: Any, hardware: Hardware) -> tuple[Step, ...]:
         """The whole pipeline, top to bottom. The steps called `engine`, `reference` and `parity` are what is packaged.
 

@@ -50,6 +50,11 @@ def run(inputs: Inputs, options: CopyOptions, out: Path, progress: Progress) -> 
 STAGE = Stage("copy", run)
 
 
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Never proposed, and no word about it: it serves nothing."""
+    return ""
+
+
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
     """Fetch, copy."""
     return (

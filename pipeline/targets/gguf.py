@@ -129,8 +129,8 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     return (*common, *structure, *engine, parity_step(stage, OPENER, {"threads": options.threads}), golden_step(job))
 
 
-def why_not(kind: str, config: Mapping[str, Any]) -> str | None:
-    """None when a model can become GGUF, else the reason; for `init`, which asks before there is a recipe."""
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Decoders of the families that llama.cpp and this target know."""
     from pipeline.stages.gguf_families import read_model
 
     if kind != "decoder":

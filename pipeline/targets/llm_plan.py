@@ -233,12 +233,6 @@ def context_of(family: Family, asked: int | None, what: str) -> int:
     return asked or family.context
 
 
-def need_cuda(hardware: Hardware) -> str:
-    """Why a CUDA engine cannot run on a machine; empty when it can."""
-    found = any(device.kind == "cuda" for device in hardware.devices)
-    return "" if found else "needs a CUDA device, and this machine has none"
-
-
 def missing_package(name: str, toolchain: str) -> UnavailableError:
     """The error for an engine whose package is not installed."""
     return UnavailableError(

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.hardware import Hardware, Verdict, probe
+from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.stages import measure, onnx_fused, onnx_int8, onnx_optimum, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
@@ -47,6 +47,11 @@ class Options(TargetOptions):
     threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
 
 
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Every kind of model, on every CPU."""
+    return None
+
+
 def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, progress: Progress) -> None:
     """The parity stage, keyed by the runtime that answers."""
     measure.run(inputs, options, out, progress)
@@ -64,7 +69,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     common = (fetch_model(job), *reference_steps(job), _export(job, options))
     engine = _engine(job, options, hardware)
     gpu = options.provider == "cuda"
-    if gpu and not any(device.kind == "cuda" for device in probe().devices):
+    if gpu and no_cuda(probe()):
         return (*common, *engine, golden_step(job))
     stage = PARITY_CUDA if gpu else PARITY
     settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
@@ -169,6 +174,6 @@ def open(engine: Path, hardware: Hardware) -> Engine:
 def can_run(manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
     """Any CPU that ONNX Runtime is built for; an artifact for CUDA needs such a device."""
     device = manifest["target"]["device"]["kind"]
-    if device == "cuda" and not any(each.kind == "cuda" for each in hardware.devices):
-        return Verdict(False, "needs a CUDA device, and this machine has none")
+    if device == "cuda" and (reason := no_cuda(hardware)):
+        return Verdict(False, reason)
     return Verdict(True, f"ONNX Runtime runs it on the {device}")

@@ -76,6 +76,11 @@ class Options(TargetOptions):
     threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
 
 
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """All but encoder-decoders."""
+    return "the openvino target builds no encoder-decoders" if kind == "seq2seq" else None
+
+
 def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, progress: Progress) -> None:
     """The parity stage, keyed by the runtime that answers."""
     measure.run(inputs, options, out, progress)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Engine
-from pipeline.hardware import Hardware, Verdict
+from pipeline.hardware import Hardware, Verdict, no_cuda
 from pipeline.stages.trt_flavours import flavour
 from pipeline.step import Step
 from pipeline.targets import Facts, Job, trt_facts, trt_steps
@@ -25,6 +25,11 @@ FLAVOUR = "tensorrt"
 @dataclass(frozen=True, kw_only=True)
 class Options(TensorRtOptions):
     """What a TensorRT target can be asked for."""
+
+
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Proposed where it runs; elsewhere people name the GPU."""
+    return no_cuda(hardware)
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine import Engine
-from pipeline.hardware import Hardware, Verdict, probe
+from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import option
 from pipeline.stages import llm_folder, measure
 from pipeline.stages.llm_scheme import TORCH_NAMES
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import golden_step, parity_step
-from pipeline.targets.llm_plan import LlmOptions, checkpoint_steps, context_of, folder_step, need_cuda, understand
+from pipeline.targets.llm_plan import LlmOptions, checkpoint_steps, context_of, folder_step, understand
 
 EXTRA = "transformers"
 OPENER = "pipeline.targets.llm_torch:open_transformers"
@@ -51,6 +51,11 @@ PARITY = Stage("transformers.parity", measure_engine, tools=TOOLS, scope="isa")
 PARITY_CUDA = Stage("transformers.parity", measure_engine, tools=TOOLS, scope="device")
 
 
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Proposed for decoders where there is a GPU."""
+    return no_cuda(hardware) if kind == "decoder" else f"no decoder: {kind}"
+
+
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
     """fetch, reference, [calibrate], quantize, engine, parity, golden. On CUDA, parity is deferred without a device."""
     planned = understand(job, "transformers", options, hardware)
@@ -59,7 +64,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     context = context_of(planned.family, None, "context")
     engine = folder_step(job, planned, STAGE, settings=settings, serve=(), context=context)
     measured: tuple[Step, ...] = ()
-    if options.device == "cpu" or not need_cuda(probe()):
+    if options.device == "cpu" or not no_cuda(probe()):
         stage = PARITY if options.device == "cpu" else PARITY_CUDA
         measured = (parity_step(stage, OPENER, settings),)
     return (*checkpoint_steps(job, planned), engine, *measured, golden_step(job))
@@ -89,6 +94,6 @@ def open(engine: Path, hardware: Hardware) -> Engine:
 def can_run(manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
     """Wherever torch runs; an artifact for CUDA needs such a device."""
     device = manifest["target"]["device"]["kind"]
-    if device == "cuda" and (reason := need_cuda(hardware)):
+    if device == "cuda" and (reason := no_cuda(hardware)):
         return Verdict(False, reason)
     return Verdict(True, f"transformers runs it on the {device}")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError
-from pipeline.hardware import Hardware, Verdict
+from pipeline.hardware import Hardware, Verdict, no_cuda
 from pipeline.recipe import option
 from pipeline.stages import llm_folder
 from pipeline.stages.llm_family import Family, table
@@ -29,7 +29,6 @@ from pipeline.targets.llm_plan import (
     context_of,
     folder_step,
     judged_checkpoint,
-    need_cuda,
     understand,
 )
 
@@ -76,6 +75,11 @@ def assemble(inputs: Inputs, options: llm_folder.FolderOptions, out: Path, progr
 
 
 STAGE = Stage("turbomind.engine", assemble, tools=("numpy",))
+
+
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Proposed for decoders where there is a GPU."""
+    return no_cuda(hardware) if kind == "decoder" else f"no decoder: {kind}"
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
@@ -165,5 +169,5 @@ def open(engine: Path, hardware: Hardware) -> Engine:
 
 def can_run(manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
     """A CUDA device is needed."""
-    reason = need_cuda(hardware)
+    reason = no_cuda(hardware)
     return Verdict(not reason, reason or "TurboMind runs it on CUDA")

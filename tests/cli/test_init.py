@@ -23,10 +23,12 @@ HOST = Hardware(name="host", os="linux", arch="x86_64", isa=("avx2", "avx512_vnn
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host of our own with one backend, so that the test does not depend on what is installed here."""
     monkeypatch.chdir(tmp_path)
-    backend = type("Backend", (), {"Options": Options, "EXTRA": ""})
+    common = {"Options": Options, "EXTRA": ""}
+    toy = type("Backend", (), {**common, "why_not": staticmethod(lambda *_: None)})
+    never = type("Never", (), {**common, "why_not": staticmethod(lambda *_: "")})
     monkeypatch.setattr(hardware, "probe", lambda: HOST)
     monkeypatch.setattr(targets, "names", lambda: ["copy", "toy"])
-    monkeypatch.setattr(targets, "load", lambda name: backend)
+    monkeypatch.setattr(targets, "load", lambda name: never if name == "copy" else toy)
     monkeypatch.setattr(doctor, "runtime_state", lambda name: {"runtime": name, "ok": True, "reason": "installed"})
 
 
@@ -90,7 +92,7 @@ def test_a_backend_that_cannot_build_here_is_left_out(
     state = {"ok": False, "reason": "missing onnx: pip install 'enginewright[toy]'"}
     monkeypatch.setattr(doctor, "runtime_state", lambda name: state if name == "toy" else {"ok": True})
     said = refused(capsys, 5, "model")
-    assert said == ("error: no backend is installed here\nhint: toy: missing onnx: pip install 'enginewright[toy]'\n")
+    assert said == ("error: no backend here builds it\nhint: toy: missing onnx: pip install 'enginewright[toy]'\n")
 
 
 def test_data_are_named_from_where_the_recipe_lies() -> None:

@@ -66,7 +66,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_one_checkpoint_two_targets(built: Made) -> None:
     site, made = built
     assert {name: each["outcome"] for name, each in made.items()} == {"hf-w4a16": "passed", "tm-w4a16": "deferred"}
-    assert made["tm-w4a16"]["checkpoint"] == "passed"
+    assert made["tm-w4a16"]["checkpoint"]["outcome"] == "passed"
     assert len(site.entries("llm.quantize")) == 1
     hf, tm = (site.out / "qwen" / name for name in made)
     shards = [path.stat().st_ino for path in sorted(hf.glob("model-*.safetensors"))]
@@ -83,7 +83,7 @@ def test_an_artifact_is_used_as_any_other(built: Made) -> None:
     assert said.json["completion_tokens"] == 3
     refused(command("enginewright", "generate", tm, "--prompt", "a"), 5, "needs a CUDA device")
     shown = command("enginewright", "inspect", tm).out
-    assert "--backend turbomind" in shown and "checkpoint, dequantized in torch, passes" in shown
+    assert "--backend turbomind" in shown and "parity-checkpoint: passed on" in shown
     states = {
         each["runtime"]: each["ok"] for each in command("enginewright", "doctor", "--format", "json").json["runtimes"]
     }
@@ -104,7 +104,7 @@ def test_every_scheme_in_one_run_and_the_same_bytes_again(tmp_path: Path) -> Non
         **dict.fromkeys(("hf-bf16", "hf-w4a16", "hf-w8a8", "hf-fp8"), "passed"),
         **dict.fromkeys(("vllm-w4a16", "tm-w4a16", "tm-awq", "tm-fp8"), "deferred"),
     }
-    assert {each["checkpoint"] for each in made.values() if "checkpoint" in each} == {"passed"}
+    assert {each["checkpoint"]["outcome"] for each in made.values() if "checkpoint" in each} == {"passed"}
     # The calibration is observed once, and three targets are of one scheme.
     assert len(site.entries("llm.observe")) == 1
     assert len(site.entries("llm.quantize")) == 6
