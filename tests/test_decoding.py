@@ -191,7 +191,11 @@ def test_what_the_filters_leave_is_what_transformers_processors_leave(options: d
         ids, probabilities = distribution(logits, Sampling(**options))
         got = np.zeros(size)
         got[ids] = probabilities
-        np.testing.assert_allclose(got, judge, atol=1e-9)
+        # Which of equal logits a cut leaves depends on torch's sort, and so on the CPU; ours is the lower id.
+        apart = logits < logits.max()
+        np.testing.assert_allclose(got[apart], judge[apart], atol=1e-9)
+        np.testing.assert_allclose(np.sort(got), np.sort(judge), atol=1e-9)
+        assert list(got[~apart]) == sorted(got[~apart], reverse=True)
 
 
 def test_draws_follow_the_distribution(llama: Any) -> None:
