@@ -97,7 +97,7 @@ def _nucleus(weights_K: Array, top_p: float) -> Array:
     """Places of the fewest likeliest candidates whose probabilities sum to `top_p`."""
     places = np.arange(len(weights_K))
     if len(weights_K) > _HEAD:
-        head = np.argpartition(weights_K, -_HEAD)[-_HEAD:]
+        head = np.sort(np.argpartition(weights_K, -_HEAD)[-_HEAD:])  # its own order depends on the CPU
         if weights_K[head].sum() > top_p:
             places = head
     order = places[np.argsort(-weights_K[places], kind="stable")]

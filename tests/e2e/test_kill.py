@@ -82,7 +82,12 @@ def test_a_publication_killed_at_each_of_its_changes(light: Site, crasher: Crash
         assert crasher.run(light)["code"] == 0
         assert light.ids() == old
         assert not light.leftovers()
-        assert crasher.run(light, *note, fatal=fatal)["code"] == -signal.SIGKILL
+        done = crasher.run(light, *note, fatal=fatal)
+        if done["code"] == 0:  # a link within one tick of the clock changes no time that would be written down
+            assert 0.8 * total < done["changes"] < fatal
+            assert light.ids() == new
+            continue
+        assert done["code"] == -signal.SIGKILL
         # Whole at this very moment, before anybody repaired anything.
         found = light.ids()
         assert found.keys() == old.keys()
