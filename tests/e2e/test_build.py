@@ -44,7 +44,8 @@ def test_the_shipped_encoder_passes_every_gate(sentences: tuple[Done, Site]) -> 
     assert site.ids() == {name: each["artifact_id"] for name, each in found.items()}
     again = [command("build", "recipes/minilm.yaml", *site.argv()[2:]) for _ in range(3)]
     assert all(run.out.count("(unchanged)") == 2 for run in again)
-    assert min(run.cpu_s for run in again) < 0.4
+    helps = [command("build", "--help") for _ in range(3)]
+    assert min(run.cpu_s for run in again) < 3 * min(run.cpu_s for run in helps)
 
 
 @pytest.mark.slow
