@@ -1,8 +1,9 @@
-"""Compile a plan in a process of its own, arranged so that the same graph mostly gives the same bytes.
+"""Compile a plan in a process of its own, arranged so that the same graph gives the same bytes.
 
-TensorRT-RTX orders some of what it writes by the addresses of objects. So the process runs on one core, without
-randomized addresses, with an environment, a folder and arguments that are always the same. What is left is the clock:
-the library formats durations, and their length moves its heap (see docs/decisions/tensorrt.md).
+TensorRT-RTX orders some of what it writes by the addresses of objects, and has threads that take memory side by side.
+So the process runs on one core, without randomized addresses and with the same environment; it compiles in a thread,
+whose heap does not know what Python has allocated before; and its threads are scheduled first in, first out, so that it
+is not the clock that decides who comes first (see docs/decisions/tensorrt.md for what each of these is worth).
 
 `python -P -m pipeline.stages.trt_alone`, in a folder with job.json and model.onnx, writes plan and built.json there. On
 standard output it says {"progress": [...]} a line, and at last {"error": {...}} or nothing.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from pipeline.step import Progress
 
 _NO_RANDOMIZE = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
 _SETTLED = "ENGINEWRIGHT_SETTLED"
+_HEAPS = "glibc.malloc.arena_max=512"
+"""A heap for each thread, however many there are."""
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
 """Variables that the process needs; all others could differ between two builds."""
 
@@ -64,7 +68,7 @@ def build_alone(
         command = [sys.executable, "-P", "-m", "pipeline.stages.trt_alone"]
         child = subprocess.Popen(
             command, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-            env={**environment, "PYTHONHASHSEED": "0"},
+            env={**environment, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": _HEAPS},
         )  # fmt: skip
         error: dict[str, Any] | None = None
         try:
@@ -102,7 +106,8 @@ def main() -> int:
     try:
         trt = trt_api.load(job["flavour"])
         profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in job["profiles"]]
-        made = build(
+        compiling = ThreadPoolExecutor(1).submit(
+            build,
             trt,
             flavour(job["flavour"]),
             Path(job["onnx"]),
@@ -112,6 +117,7 @@ def main() -> int:
             sparse=job["sparse"],
             progress=progress,
         )
+        made = compiling.result()
     except EnginewrightError as error:
         detail = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
         speak.write(json.dumps({"error": detail}) + "\n")
@@ -122,13 +128,17 @@ def main() -> int:
 
 
 def _settle() -> None:
-    """Start once more on one core and without randomized addresses, where the system lets us (Linux; a container may
-    forbid the second)."""
+    """Start once more, settled, as far as the system lets us (Linux). A container may forbid to turn randomized
+    addresses off, and one without CAP_SYS_NICE the order of threads."""
     if sys.platform != "linux" or os.environ.get(_SETTLED):
         return
+    cores = os.sched_getaffinity(0)
     with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {min(cores)})
     ctypes.CDLL(None).personality(_NO_RANDOMIZE)
+    if len(cores) > 1:  # first in, first out leaves nothing of its core to others
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_get_priority_min(os.SCHED_FIFO)))
     os.execve(sys.executable, [sys.executable, "-P", "-m", "pipeline.stages.trt_alone"], {**os.environ, _SETTLED: "1"})
 
 

@@ -175,7 +175,7 @@ STAGE_RTX = Stage(
     run,
     version=1,
     tools=("onnx", *flavour("tensorrt-rtx").distributions),
-    deterministic=False,  # three plans in ten differ in a dozen bytes: see trt_alone.py
+    deterministic=False,  # equal only where the system lets trt_alone.py settle
 )
 STAGE = Stage(
     "tensorrt.engine", run, version=1, tools=("onnx", *flavour("tensorrt").distributions), scope="device",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -33,6 +36,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (made.root / "model").unlink()
     write_decoder(made.root / "model", "Qwen2")
     return made
+
+
+def settles() -> bool:
+    """Whether this machine lets a process order its threads (trt_alone.py), as root of a machine may."""
+    asks = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
+    return len(os.sched_getaffinity(0)) > 1 and not subprocess.run([sys.executable, "-c", asks], check=False).returncode
 
 
 def artifact(site: Site) -> Path:
@@ -67,7 +76,7 @@ def test_built_here_and_proved_elsewhere(site: Site) -> None:
 
 
 def test_the_graph_is_the_same_from_an_empty_store(site: Site, tmp_path: Path) -> None:
-    """What was judged. A plan may differ in a few bytes, and the manifest says so."""
+    """What was judged, and the whole artifact where the compiling process may order its threads (trt_alone.py)."""
 
     def graph(place: Site) -> dict[str, object]:
         stages = {
@@ -76,10 +85,12 @@ def test_the_graph_is_the_same_from_an_empty_store(site: Site, tmp_path: Path) -
         assert not stages["tensorrt-rtx.engine"]["deterministic"]
         return {name: stage for name, stage in stages.items() if stage["deterministic"]}
 
-    site.made()
+    made = site.made()
     again = site.elsewhere(tmp_path / "again", "tensorrt-rtx.engine", "tensorrt.graph", "tensorrt.decoder")
-    again.made()
+    remade = again.made()
     assert graph(again) == graph(site)
+    if settles():
+        assert remade == made
 
 
 def test_loading_needs_a_driver_and_the_very_plan(site: Site, tmp_path: Path) -> None:
@@ -143,11 +154,17 @@ def test_fp8_for_ampere_and_operators_without_a_place(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_recipes_build(tmp_path: Path) -> None:
-    """MiniLM in fp16 and int8, the trained decoder in fp16 and int4."""
+    """MiniLM in fp16 and int8, the trained decoder in fp16 and int4; twice from an empty store."""
     for recipe, kinds in (("tensorrt-rtx", ("fp16", "int8")), ("tensorrt-rtx-decoder", ("fp16", "int4"))):
-        argv = ("--cache", tmp_path / recipe / "cache", "--out", tmp_path / recipe / "out", "--format", "json")
-        done = command("build", ROOT / "recipes" / f"{recipe}.yaml", *argv)
-        assert done.code == 0, done.err
-        targets = json.loads(done.out)["targets"]
-        assert [target["precision"] for target in targets] == list(kinds)
-        assert {target["graph"]["outcome"] for target in targets} == {"passed"}
+        ids = []
+        for turn in ("first", "second"):
+            place = tmp_path / recipe / turn
+            argv = ("--cache", place / "cache", "--out", place / "out", "--format", "json")
+            done = command("build", ROOT / "recipes" / f"{recipe}.yaml", *argv)
+            assert done.code == 0, done.err
+            targets = json.loads(done.out)["targets"]
+            assert [target["precision"] for target in targets] == list(kinds)
+            assert {target["graph"]["outcome"] for target in targets} == {"passed"}
+            ids.append([target["artifact_id"] for target in targets])
+        if settles():
+            assert ids[0] == ids[1]
