@@ -43,7 +43,10 @@ LANGUAGE = "{kld_mean: 0.1, top1: null, perplexity_ratio: 1.2}"
 CLASSES = "{top1: 0.8}"  # of 16 answers, two near ties may fall to the other side; another model gets next to none
 
 
-@pytest.mark.parametrize("name", ZOO)
+OFTEN = ("fill-mask", "t5")  # an encoder and a pair of encoder and decoder; the others take minutes in all
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
 def test_every_task_builds_and_proves(name: str, tmp_path: Path) -> None:
     ZOO[name](tmp_path / "model")
     language = name in ("gpt2", "qwen3", "t5", "whisper")
