@@ -5,7 +5,7 @@ Legend: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -35,9 +35,31 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    """Taken from the logits of every token that was generated."""
+    frequency_penalty: float = 0.0
+    """The same, as often as it was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are told beside each one that was chosen."""
+    guide: Callable[[], Guide] | None = None
+    """Makes what says, for one continuation, which tokens may come next."""
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None
     """None: what the model's generation config says; (): never stop early."""
+
+
+class Guide(Protocol):
+    """A grammar that a continuation has to follow."""
+
+    def allow(self, logits_V: Array) -> Array:
+        """A copy in which the logits of tokens that may not come next are -inf."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on after the token that was chosen."""
+        ...
 
 
 class Token(NamedTuple):

@@ -44,6 +44,7 @@ FLOORS = [
     {"artifact"},
     {"trust"},
     {"registry"},
+    {"serve"},
     {"cli"},
 ]
 CORE = ("step.py", "plan.py", "store.py", "run/local.py", "run/worker.py")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.cli.opening import open_artifact, read_json
+from pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ def generate(
     if system is not None and not chat:
         raise RecipeError("--system is a message of a chat", hint="add --chat")
     started = time.perf_counter()
-    engine = _open(artifact, verify=not no_verify)
+    engine = open_artifact(artifact, verify=not no_verify)
     from pipeline.engine import Sampling
     from pipeline.text import chat_prompt, load_tokenizer
 
@@ -111,52 +112,6 @@ class _Run:
         return (len(self.tokens) - 1) / decoding_s if len(self.tokens) > 1 and decoding_s > 0 else None
 
 
-def _open(artifact: Path, verify: bool) -> Engine:
-    """The artifact's engine, by the runtime that built it. An engine's folder without a manifest is taken as it is."""
-    from pipeline import hardware, targets
-
-    machine = hardware.probe()
-    if (artifact / "manifest.json").exists():
-        if verify:
-            from pipeline.artifact.verify import examine, require
-
-            require(examine(artifact))
-        manifest = _read(artifact / "manifest.json")
-        target = targets.load(_runtime(manifest.get("runtime"), "engine", artifact / "manifest.json"))
-        verdict = target.can_run(manifest, machine)
-        if not verdict.ok:
-            raise UnavailableError(
-                f"this machine cannot run the artifact: {verdict.reason}",
-                hint="see `enginewright inspect` for what it needs",
-            )
-        return target.open(artifact, machine)
-    if not artifact.is_dir():
-        raise RecipeError(
-            f"{artifact} is not a folder", hint="give the folder of an artifact: `artifacts/<name>/<target>`"
-        )
-    file = artifact / "engine.json"
-    if not file.is_file():
-        raise RecipeError(
-            f"{artifact} has neither manifest.json nor engine.json", hint="give the folder of an artifact, or build one"
-        )
-    return targets.load(_runtime(_read(file), "runtime", file)).open(artifact, machine)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(f"{file} cannot be read: {error}", hint="run `enginewright verify` on the artifact") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _runtime(holder: Any, name: str, file: Path) -> str:
-    value = holder.get(name) if isinstance(holder, dict) else None
-    if not isinstance(value, str):
-        raise StageError(f"{file} names no runtime", hint="build the artifact again")
-    return value
-
-
 def _text(prompt: str) -> str:
     """The prompt, from stdin if it is `-`."""
     try:
@@ -196,7 +151,7 @@ def _stream(
 def _ends(artifact: Path) -> tuple[int, ...]:
     """The model's end tokens, as the engine reads them, or as transformers does."""
     for name, keys in (("engine.json", ("decoder", "eos_token_ids")), ("generation_config.json", ("eos_token_id",))):
-        found: Any = _read(artifact / name) if (artifact / name).is_file() else None
+        found: Any = read_json(artifact / name) if (artifact / name).is_file() else None
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         if found is not None:

@@ -2,43 +2,38 @@
 
 A runtime brings a `Stepper` (prefill and step); greedy choice, sampling, beam search, the end tokens and the limit are
 here. What a prompt becomes depends on the prompt, the sampling options and the seed, not on the prompts beside it.
-
-Legend: B rows of the batch (prompts, or prompts x beams), V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from pipeline.decoding.batch import Ask, Batch, Piece, Stepper
 from pipeline.decoding.beam import BeamSearch
-from pipeline.decoding.choose import Chooser, log_normalizer
-from pipeline.engine import Array, Sampling, Token
+from pipeline.decoding.choose import Chooser
+from pipeline.engine import Sampling, Token
 from pipeline.errors import RecipeError
 
-__all__ = ["BeamSearch", "Chooser", "Stepper", "check", "decode", "limits"]
+__all__ = ["Ask", "Batch", "BeamSearch", "Chooser", "Decoder", "Piece", "Stepper", "check", "decode", "limits"]
 
 S = TypeVar("S")
-P = TypeVar("P", contravariant=True)
+P = TypeVar("P")
 
 
-class Stepper(Protocol[P, S]):
-    """A model with a KV cache. `P` is what it takes as prompts, `S` its own record of a running batch."""
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """What `Batch` needs of an engine whose prompts are token ids; engines that have it give it by `decoder()`."""
 
-    def prefill(self, prompts: P, room: int) -> tuple[S, Array]:
-        """Read the prompts. Returns the running batch and the next token's logits [B, V] float32, a row a prompt.
-
-        `room` is how many tokens will be fed by `step` at most, for those who allocate the cache ahead.
-        """
-        ...
-
-    def step(self, state: S, tokens: Sequence[int], rows: Sequence[int]) -> Array:
-        """Feed one token a row. Returns the next token's logits [B, V] float32, valid until the next call.
-
-        The new row i continues the old row `rows[i]`: rows may be dropped (a prompt that ended), repeated and permuted
-        (beams). `state` is changed in place.
-        """
-        ...
+    stepper: Stepper[Any, Any]
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    context_length: int | None
+    most_rows: int | None = None
+    """Rows that may run at once; None: as many as memory holds."""
+    most_tokens: int | None = None
+    """Tokens of all rows together, prompts and limits; None: as many as memory holds."""
 
 
 def check(sampling: Sampling) -> None:
@@ -51,12 +46,20 @@ def check(sampling: Sampling) -> None:
         (not 0 < sampling.top_p <= 1, "top_p must be above 0 and at most 1"),
         (not 0 <= sampling.min_p <= 1, "min_p must be between 0 and 1"),
         (not sampling.repetition_penalty > 0, "repetition_penalty must be above 0"),
+        (not -2 <= sampling.presence_penalty <= 2, "presence_penalty must be between -2 and 2"),
+        (not -2 <= sampling.frequency_penalty <= 2, "frequency_penalty must be between -2 and 2"),
+        (sampling.beams > 1 and _beyond_beams(sampling), "beams above 1 take repetition_penalty and no other filter"),
         (sampling.seed < 0, "seed must not be negative"),
         (sampling.beams > 1 and sampling.temperature > 0, "beams above 1 and temperature above 0 exclude each other"),
     ]
     for is_wrong, message in wrong:
         if is_wrong:
             raise RecipeError(f"sampling: {message}", hint="see the options of `enginewright generate --help`")
+
+
+def _beyond_beams(sampling: Sampling) -> bool:
+    others = (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias, sampling.top_logprobs)
+    return any(others) or sampling.guide is not None
 
 
 def limits(lengths: Sequence[int], sampling: Sampling, context_length: int | None) -> list[int]:
@@ -94,72 +97,10 @@ def decode(
     eos = frozenset(eos_token_ids if sampling.eos_token_ids is None else sampling.eos_token_ids)
     if not history:
         return
-    if sampling.beams > 1:
-        yield from _search(model, prompts, history, sampling, limit, eos)
-    else:
-        yield from _sample(model, prompts, history, sampling, limit, eos)
-
-
-def _sample(
-    model: Stepper[P, S],
-    prompts: P,
-    history: Sequence[Sequence[int]],
-    sampling: Sampling,
-    limit: Sequence[int],
-    eos: frozenset[int],
-) -> Iterator[Token]:
-    choosers = [Chooser(ids, sampling) for ids in history]
-    count = [0] * len(history)
-    running = list(range(len(history)))  # row -> prompt
-    state, logits_BV = model.prefill(prompts, max(limit) - 1)
-    while True:
-        normalizer_B = log_normalizer(logits_BV)
-        tokens: list[int] = []
-        rows: list[int] = []
-        for row, prompt in enumerate(running):
-            token = choosers[prompt](logits_BV[row])
-            count[prompt] += 1
-            finished = token in eos or count[prompt] == limit[prompt]
-            if not finished:
-                rows.append(row)
-                tokens.append(token)
-            yield Token(prompt, token, float(logits_BV[row, token] - normalizer_B[row]), finished)
-        if not rows:
-            return
-        running = [running[row] for row in rows]
-        logits_BV = model.step(state, tokens, rows)
-
-
-def _search(
-    model: Stepper[P, S],
-    prompts: P,
-    history: Sequence[Sequence[int]],
-    sampling: Sampling,
-    limit: Sequence[int],
-    eos: frozenset[int],
-) -> Iterator[Token]:
-    searches = [BeamSearch(ids, sampling, most, eos) for ids, most in zip(history, limit, strict=True)]
-    running = [(prompt, 1) for prompt in range(len(history))]  # (prompt, its number of rows), in the order of the rows
-    state, logits_BV = model.prefill(prompts, max(limit) - 1)
-    while True:
-        log_probs_BV = logits_BV - log_normalizer(logits_BV)[:, None]
-        tokens: list[int] = []
-        rows: list[int] = []
-        still: list[tuple[int, int]] = []
-        first = 0
-        for prompt, width in running:
-            search = searches[prompt]
-            parents, chosen = search.advance(log_probs_BV[first : first + width])
-            if search.done:
-                best, log_probs = search.best()
-                for place, (token, log_prob) in enumerate(zip(best, log_probs, strict=True), 1):
-                    yield Token(prompt, token, log_prob, place == len(best))
-            else:
-                rows += [first + parent for parent in parents]
-                tokens += chosen
-                still.append((prompt, len(chosen)))
-            first += width
-        if not rows:
-            return
-        running = still
-        logits_BV = model.step(state, tokens, rows)
+    batch = Batch(model)
+    asks = [Ask(i, i, ids, sampling, most, eos) for i, (ids, most) in enumerate(zip(history, limit, strict=True))]
+    pieces = batch.add(prompts, asks)
+    while pieces or len(batch):
+        for number, token, log_prob, finished, _ in pieces:
+            yield Token(number, token, log_prob, finished)  # type: ignore[arg-type]  # the keys are places
+        pieces = batch.advance()

@@ -1,6 +1,7 @@
 """The choice of the next token from its logits: greedy, or by a seeded draw from what the filters leave.
 
-The order is penalty, temperature, top-k, top-p, min-p, each as transformers defines it. Probabilities are float64.
+The order is bias, grammar, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p; each
+as transformers defines it, the biases and the two other penalties as OpenAI's API does. Probabilities are float64.
 
 Legend: B rows, V vocabulary, K candidates that are left.
 """
@@ -55,15 +56,25 @@ class Seen:
 class Chooser:
     """Chooses one prompt's tokens. The draw is seeded by the seed and the prompt, so neighbours do not change it."""
 
-    def __init__(self, history: Sequence[int], sampling: Sampling) -> None:
+    def __init__(self, history: Sequence[int], sampling: Sampling, choice: int = 0) -> None:
         self._sampling = sampling
         self._seen = Seen(history)
-        self._rng = np.random.default_rng([sampling.seed, *history])
+        self._rng = np.random.default_rng([sampling.seed, *history, *([choice] if choice else [])])
+        self._guide = sampling.guide() if sampling.guide else None
+        self._counts: dict[int, int] = {}
+        self._bias = tuple(np.array(each) for each in zip(*sampling.logit_bias, strict=True))
 
     def __call__(self, logits_V: Array) -> int:
         """The next token's id; [V] float logits."""
+        if self._bias:
+            logits_V = logits_V.copy()
+            np.add.at(logits_V, *self._bias)
+        if self._guide is not None:
+            logits_V = self._guide.allow(logits_V)
         if self._sampling.repetition_penalty != 1.0:
             logits_V = penalize(logits_V, self._seen.array(), self._sampling.repetition_penalty)
+        if self._counts and (self._sampling.presence_penalty or self._sampling.frequency_penalty):
+            logits_V = self._less_often(logits_V)
         if self._sampling.temperature == 0:
             token = int(logits_V.argmax())
         else:
@@ -72,7 +83,27 @@ class Chooser:
             place = np.searchsorted(edges_K, self._rng.random() * edges_K[-1], side="right")
             token = int(ids_K[min(int(place), len(ids_K) - 1)])
         self._seen.add(token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self._guide is not None:
+            self._guide.accept(token)
         return token
+
+    def _less_often(self, logits_V: Array) -> Array:
+        ids = np.fromiter(self._counts, np.int64, len(self._counts))
+        counts = np.fromiter(self._counts.values(), np.float64, len(self._counts))
+        out_V = logits_V.copy()
+        out_V[ids] -= self._sampling.presence_penalty + self._sampling.frequency_penalty * counts
+        return out_V
+
+
+def likeliest(logits_V: Array, normalizer: float, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens with the model's log probabilities, best first; ties by id."""
+    if not count:
+        return ()
+    count = min(count, len(logits_V))
+    best = np.argpartition(-logits_V, count - 1)[:count]
+    best = best[np.lexsort((best, -logits_V[best]))]
+    return tuple((int(token), float(logits_V[token] - normalizer)) for token in best)
 
 
 def distribution(logits_V: Array, sampling: Sampling) -> tuple[Array, Array]:

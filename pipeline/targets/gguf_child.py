@@ -55,7 +55,7 @@ def main() -> int:
                 send(out, {"ids": [llama.tokenize(text, special=header["special"]) for text in header["texts"]]})
             else:
                 arguments = {name: value for name, value in header.items() if name not in ("do", "size")}
-                logits = {"run": llama.run, "prefill": llama.prefill, "step": llama.step}[header["do"]](**arguments)
+                logits = getattr(llama, header["do"])(**arguments)
                 send(out, {"rows": len(logits)}, logits.tobytes())
         except EnginewrightError as error:
             send(out, {"error": [error.exit_code, error.message, error.hint]})

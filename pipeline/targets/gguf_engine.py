@@ -21,7 +21,7 @@ import numpy as np
 
 import pipeline
 from pipeline import hardware
-from pipeline.decoding import decode
+from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import BY_EXIT_CODE, RecipeError, StageError
 from pipeline.targets.gguf_child import receive, send
@@ -30,6 +30,10 @@ from pipeline.targets.ort_decoder import check_ids, token_inputs
 CHILD = (sys.executable, "-P", "-m", "pipeline.targets.gguf_child")
 MOST_ROWS = 256
 """llama.cpp's limit of sequences in one context."""
+_SERVED_ROWS = 16
+"""Sequences of a context that prompts join and leave."""
+_SERVED_TOKENS = (8192, 32768)
+"""Its least and its largest size: llama.cpp reserves the whole cache when it opens one."""
 _TAIL = 12  # lines of llama.cpp's own words that an error shows
 SETTINGS = {"kv": "F16", "threads": 0, "gpu_layers": 0}
 
@@ -189,9 +193,18 @@ class LlamaEngine:
                 hint="give fewer prompts at once",
             )
         ends, context = self._shape.eos_token_ids, self._shape.context_length
+        return decode(self._stepper(rows), prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+
+    def decoder(self) -> Decoder:
+        """For those who let prompts join and leave: see `pipeline.decoding.Batch`. One may run at a time."""
+        shape = self._shape
+        tokens = max(_SERVED_TOKENS[0], min(shape.context_length, _SERVED_TOKENS[1]))
+        stepper = self._stepper(_SERVED_ROWS, tokens)
+        return Decoder(stepper, shape.vocab_size, shape.eos_token_ids, shape.context_length, _SERVED_ROWS, tokens)
+
+    def _stepper(self, rows: int, tokens: int = 0) -> _Stepper:
         self._turns += 1
-        stepper = _Stepper(self.child, rows, self._turns)
-        return decode(stepper, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+        return _Stepper(self.child, rows, self._turns, tokens)
 
 
 @dataclass(frozen=True)
@@ -199,11 +212,20 @@ class _Stepper:
     child: Child
     rows: int
     turn: int
+    tokens: int
+    """Room for so many tokens of all sequences, where prompts may join; 0: as many as the first ones need."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[None, Array]:
-        lists = [[int(token) for token in prompt] for prompt in prompts]
-        return None, self.child.logits("prefill", prompts=lists, room=room, rows=self.rows, turn=self.turn)
+        told = {"room": room, "rows": self.rows, "turn": self.turn, "tokens": self.tokens}
+        return None, self.child.logits("prefill", prompts=_plain(prompts), **told)
+
+    def extend(self, state: None, prompts: Sequence[Sequence[int]], room: int) -> Array:
+        return self.child.logits("extend", prompts=_plain(prompts), turn=self.turn)
 
     def step(self, state: None, tokens: Sequence[int], rows: Sequence[int]) -> Array:
         fed = [int(token) for token in tokens]
         return self.child.logits("step", tokens=fed, rows=list(rows), turn=self.turn)
+
+
+def _plain(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[int(token) for token in prompt] for prompt in prompts]

@@ -172,26 +172,35 @@ class Llama:
         self._open(len(ids), 1)
         return self._decode(ids, range(len(ids)), [0] * len(ids), [True] * len(ids))
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int, rows: int, turn: int) -> Array:
-        """Begin a batch: logits [B, V] after each prompt. At most `rows` rows of `room` more tokens will follow.
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int, rows: int, turn: int, tokens: int = 0) -> Array:
+        """Begin a batch: logits [B, V] after each prompt. At most `rows` rows of `room` more tokens will follow, or as
+        many as `tokens` leaves room for where that is given.
 
-        `turn` is the caller's number of the batch, by which `step` knows it.
+        `turn` is the caller's number of the batch, by which `extend` and `step` know it.
         """
         self._turn = turn
-        self._open(sum(map(len, prompts)) + rows * room, rows)
-        self._sequences = list(range(len(prompts)))
-        self._lengths = [len(prompt) for prompt in prompts]
+        self._open(tokens or sum(map(len, prompts)) + rows * room, rows)
+        self._sequences, self._lengths = [], []
         self._rows = rows
-        last = [
-            self._decode(ids, range(len(ids)), [row] * len(ids), [at == len(ids) - 1 for at in range(len(ids))])
-            for row, ids in enumerate(prompts)
-        ]
+        return self.extend(prompts, turn)
+
+    def extend(self, prompts: Sequence[Sequence[int]], turn: int) -> Array:
+        """More prompts for the batch: logits [B, V] after each of them. Their rows follow those that are there."""
+        self._mine(turn)
+        free = [sequence for sequence in range(self._rows) if sequence not in self._sequences]
+        last = []
+        for sequence, ids in zip(free, prompts, strict=False):
+            at_end = [at == len(ids) - 1 for at in range(len(ids))]
+            last.append(self._decode(ids, range(len(ids)), [sequence] * len(ids), at_end))
+            self._sequences.append(sequence)
+            self._lengths.append(len(ids))
+        if len(last) < len(prompts):
+            raise StageError(f"{len(prompts)} more prompts do not fit a batch of {self._rows} sequences")
         return np.concatenate(last)
 
     def step(self, tokens: Sequence[int], rows: Sequence[int], turn: int) -> Array:
         """One token a row: logits [B, V]. The new row i continues the old row rows[i]."""
-        if turn != self._turn:
-            raise StageError("another request has taken the engine's cache", hint="finish one generation first")
+        self._mine(turn)
         memory = self._library.llama_get_memory(self._context)
         kept = {self._sequences[row] for row in rows}
         for sequence in self._sequences:
@@ -212,6 +221,10 @@ class Llama:
         logits = self._decode(tokens, lengths, sequences, [True] * len(tokens))
         self._sequences, self._lengths = sequences, [length + 1 for length in lengths]
         return logits
+
+    def _mine(self, turn: int) -> None:
+        if turn != self._turn:
+            raise StageError("another request has taken the engine's cache", hint="finish one generation first")
 
     def _open(self, tokens: int, rows: int) -> None:
         """A context for so many tokens, empty. One that is large enough is used again."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.decoding import decode
+from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import StageError, UnavailableError
-from pipeline.targets.ort_decoder import check_ids, positions_of, token_inputs
+from pipeline.targets.ort_decoder import check_ids, joined, positions_of, token_inputs
 
 Prompts = Sequence[Sequence[int]]
 Tensor = Any
@@ -144,14 +144,12 @@ class TorchDecoder:
     def generate(self, prompts: Prompts, sampling: Sampling) -> Iterator[Token]:
         """Token ids in, tokens out. See `pipeline.decoding`."""
         check_ids(prompts, self._vocab)
-        return decode(
-            _Stepper(self._forward),
-            prompts,
-            prompts,
-            sampling,
-            eos_token_ids=self._ends,
-            context_length=self._context,
-        )
+        ends, context = self._ends, self._context
+        return decode(_Stepper(self._forward), prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+
+    def decoder(self) -> Decoder:
+        """For those who let prompts join and leave: see `pipeline.decoding.Batch`."""
+        return Decoder(_Stepper(self._forward), self._vocab, self._ends, self._context)
 
     def _forward(self, ids: Array, mask: Array, positions: Array, cache: Any = None) -> Tensor:
         import torch
@@ -187,6 +185,19 @@ class _Stepper:
             mask[row, longest - len(prompt) :] = 1
         state = _Batch(transformers.DynamicCache(), mask)
         return state, self._next(state, ids)
+
+    def extend(self, state: _Batch, prompts: Prompts, room: int) -> Array:
+        import torch
+
+        other, logits = self.prefill(prompts, room)
+        longest = max(state.mask.shape[1], other.mask.shape[1])
+        for mine, theirs in zip(state.cache.layers, other.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                both = [getattr(layer, name) for layer in (mine, theirs)]
+                pad = torch.nn.functional.pad
+                setattr(mine, name, torch.cat([pad(each, (0, 0, longest - each.shape[2], 0)) for each in both]))
+        state.mask = joined(state.mask, other.mask)
+        return logits
 
     def step(self, state: _Batch, tokens: Sequence[int], rows: Sequence[int]) -> Array:
         import torch

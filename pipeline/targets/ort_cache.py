@@ -88,6 +88,22 @@ class SharedCache:
         self._lengths = self._lengths[list(rows)]
         self._binding = None
 
+    def absorb(self, other: SharedCache) -> None:
+        """Take another cache's rows in, after the own ones. The capacity becomes the larger one."""
+        mine, theirs = len(self._lengths), len(other._lengths)
+        heads, capacity, width = self._shape
+        self._shape = (heads, max(capacity, other._shape[1]), width)
+        for name in self._names:
+            joined = self._zeros(name, mine + theirs)
+            for rows, cache in ((slice(0, mine), self), (slice(mine, None), other)):
+                if len(cache._lengths):
+                    used = int(cache._lengths.max())
+                    buffer = cache._buffers[name]
+                    joined[rows, :, :used] = (buffer if self._graph.device == "cpu" else buffer.numpy())[:, :, :used]
+            self._buffers[name] = self._buffer(joined)
+        self._lengths = np.concatenate([self._lengths, other._lengths])
+        self._spare, self._binding = {}, None
+
     def _zeros(self, name: str, batch: int) -> Array:
         return np.zeros((batch, *self._shape), self._graph.dtype(name))
 
@@ -160,6 +176,14 @@ class GrowingCache:
         *presents, logits = binding.get_outputs()
         self._values = dict(zip(self._names, presents, strict=True))
         return np.array(logits.numpy()[:, -1], np.float32)  # a copy: the others are let go
+
+    def absorb(self, other: GrowingCache) -> None:
+        """Take another cache's rows in, after the own ones; the shorter of the two is padded on the left."""
+        for name, value in self._values.items():
+            both = [value.numpy(), other._values[name].numpy()]
+            longest = max(part.shape[2] for part in both)
+            both = [np.pad(part, ((0, 0), (0, 0), (longest - part.shape[2], 0), (0, 0))) for part in both]
+            self._values[name] = self._graph.value(np.concatenate(both))
 
     def reorder(self, rows: Sequence[int], fixed: bool = False) -> None:
         """Make the new row i a copy of the old row rows[i]; `fixed` does it for the fixed inputs too."""

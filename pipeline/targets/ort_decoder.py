@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.decoding import decode
+from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import RecipeError
 from pipeline.targets.ort_cache import GrowingCache, SharedCache, cache_names
@@ -83,13 +83,16 @@ class OrtDecoder:
             raise RecipeError(
                 "a decoder's prompts are lists of token ids", hint="inputs by name are for encoder-decoders"
             )
-        check_ids(prompts, self._shape.vocab_size)
-        ends, context = self._shape.eos_token_ids, self._shape.context_length
-        if self._shape.shared:
-            shared = _Shared(self._graph, self._shape)
-            return decode(shared, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
-        growing = _Growing(self._graph, self._shape)
-        return decode(growing, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+        decoder = self.decoder()
+        check_ids(prompts, decoder.vocab_size)
+        ends, context = decoder.eos_token_ids, decoder.context_length
+        return decode(decoder.stepper, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+
+    def decoder(self) -> Decoder:
+        """For those who let prompts join and leave: see `pipeline.decoding.Batch`."""
+        shape = self._shape
+        stepper = (_Shared if shape.shared else _Growing)(self._graph, shape)
+        return Decoder(stepper, shape.vocab_size, shape.eos_token_ids, shape.context_length)
 
 
 class _Shared:
@@ -105,6 +108,11 @@ class _Shared:
             self._graph, self._shape.heads, self._shape.head_dim, self._shape.vocab_size, len(prompts), capacity
         )
         return cache, np.stack([cache.prefill(row, ids) for row, ids in enumerate(prompts)])
+
+    def extend(self, state: SharedCache, prompts: Prompts, room: int) -> Array:
+        other, logits = self.prefill(prompts, room)
+        state.absorb(other)
+        return logits
 
     def step(self, state: SharedCache, tokens: Sequence[int], rows: Sequence[int]) -> Array:
         state.reorder(rows)
@@ -134,6 +142,12 @@ class _Growing:
         state = _Padded(GrowingCache(self._graph, self._shape.heads, self._shape.head_dim, len(prompts)), mask)
         return state, self._forward(state, ids)
 
+    def extend(self, state: _Padded, prompts: Prompts, room: int) -> Array:
+        other, logits = self.prefill(prompts, room)
+        state.cache.absorb(other.cache)
+        state.mask = joined(state.mask, other.mask)
+        return logits
+
     def step(self, state: _Padded, tokens: Sequence[int], rows: Sequence[int]) -> Array:
         if list(rows) != list(range(len(state.mask))):
             state.cache.reorder(rows)
@@ -146,6 +160,12 @@ class _Growing:
         if "position_ids" in self._graph.inputs:
             feeds["position_ids"] = positions_of(state.mask)[:, -ids.shape[1] :]
         return state.cache.forward(feeds)
+
+
+def joined(mask: Array, other: Array) -> Array:
+    """Two masks below each other, the shorter one padded on the left."""
+    longest = max(mask.shape[1], other.shape[1])
+    return np.concatenate([np.pad(each, ((0, 0), (longest - each.shape[1], 0))) for each in (mask, other)])
 
 
 def check_ids(prompts: Prompts, vocab_size: int) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.decoding import decode
+from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import RecipeError
 from pipeline.stages.openvino_graphs import last_logits_only
 from pipeline.stages.openvino_settings import Settings
-from pipeline.targets.ort_decoder import check_ids, positions_of, token_inputs
-from pipeline.targets.ov_session import Graph, open_graph
+from pipeline.targets.ort_decoder import check_ids, joined, positions_of, token_inputs
+from pipeline.targets.ov_session import Graph, open_graph, runtime
 
 Prompts = Sequence[Sequence[int]]
 
@@ -66,10 +66,15 @@ class OvDecoder:
                 "a decoder's prompts are lists of token ids", hint="inputs by name are for encoder-decoders"
             )
         check_ids(prompts, self._vocab_size)
-        decoder = self._decoder
-        stepper = _Stepper(self._serving, decoder.get("pad_token_id") or 0)
-        ends, context = tuple(decoder["eos_token_ids"]), decoder.get("context_length")
-        return decode(stepper, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+        decoder = self.decoder()
+        ends, context = decoder.eos_token_ids, decoder.context_length
+        return decode(decoder.stepper, prompts, prompts, sampling, eos_token_ids=ends, context_length=context)
+
+    def decoder(self) -> Decoder:
+        """For those who let prompts join and leave: see `pipeline.decoding.Batch`."""
+        told = self._decoder
+        stepper = _Stepper(self._serving, told.get("pad_token_id") or 0)
+        return Decoder(stepper, self._vocab_size, tuple(told["eos_token_ids"]), told.get("context_length"))
 
 
 def feeds(graph: Graph, ids: Array, mask: Array, rows: Sequence[int]) -> dict[str, Array]:
@@ -103,6 +108,18 @@ class _Stepper:
         state = _Running(self._graph.request(), mask)
         return state, self._forward(state, ids, range(len(prompts)))
 
+    def extend(self, state: _Running, prompts: Prompts, room: int) -> Array:
+        other, logits = self.prefill(prompts, room)
+        tensor = runtime().Tensor
+        # A new request takes both states: what is written into one that has run is laid out for its old rows.
+        request = self._graph.request()
+        theirs = {each.name: each.state.data for each in other.request.query_state()}
+        mine = {each.name: each.state.data for each in state.request.query_state()}
+        for each in request.query_state():
+            each.state = tensor(_joined(mine[each.name], theirs[each.name]))
+        state.request, state.mask = request, joined(state.mask, other.mask)
+        return logits
+
     def step(self, state: _Running, tokens: Sequence[int], rows: Sequence[int]) -> Array:
         state.mask = np.pad(state.mask[list(rows)], ((0, 0), (0, 1)), constant_values=1)
         return self._forward(state, np.asarray(tokens, np.int64)[:, None], rows)
@@ -111,3 +128,10 @@ class _Stepper:
         outputs = self._graph.infer(state.request, feeds(self._graph, ids, state.mask, rows))
         last: Array = outputs["logits"][:, -1]
         return last
+
+
+def _joined(mine: Array, theirs: Array) -> Array:
+    """Two states [B, H, T, D] as one, the shorter of the two padded on the left."""
+    longest = max(mine.shape[2], theirs.shape[2])
+    parts = [np.pad(each, ((0, 0), (0, 0), (longest - each.shape[2], 0), (0, 0))) for each in (mine, theirs)]
+    return np.ascontiguousarray(np.concatenate(parts))
