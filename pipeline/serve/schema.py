@@ -38,6 +38,9 @@ class Api:
         for name in ("CompletionRequest", "ChatRequest"):
             for field in ("n", "beams"):
                 schemas[name]["properties"][field]["maximum"] = limits.most_rows
+            bias = schemas[name]["properties"]["logit_bias"]
+            (value,) = bias["patternProperties"].values()
+            bias["patternProperties"] = {f"^({below(limits.vocab_size)})$": value}
             _exclude(schemas[name])
         paths = document["paths"].items()
         document["paths"] = {path: told for path, told in paths if limits.task in told.pop("x-tasks", (limits.task,))}
@@ -79,6 +82,22 @@ def _exclude(request: dict[str, Any]) -> None:
         {"not": {"required": ["beams", field], "properties": {"beams": more, field: value}}}
         for field, value in others.items()
     ]
+    if "top_logprobs" in request["properties"]:
+        alone = {"top_logprobs": {"type": "integer"}, "logprobs": {"not": {"const": True}}}
+        request["allOf"].append({"not": {"required": ["top_logprobs"], "properties": alone}})
+
+
+def below(limit: int) -> str:
+    """A regular expression for the whole numbers from 0 to below `limit`, as JSON writes them."""
+    top = str(limit - 1)
+    found = ["0"] if limit == 1 or len(top) > 1 else []
+    if len(top) > 1:
+        found.append(f"[1-9][0-9]{{0,{len(top) - 2}}}")
+    for place, digit in enumerate(top):  # as many digits as the largest: equal so far, then smaller
+        least = 1 if place == 0 and len(top) > 1 else 0
+        if int(digit) > least:
+            found.append(f"{top[:place]}[{least}-{int(digit) - 1}]" + "[0-9]" * (len(top) - place - 1))
+    return "|".join([*found, top])
 
 
 def _lifted(schemas: dict[str, Any]) -> dict[str, Any]:
