@@ -19,6 +19,8 @@ class Limits:
     model: str
     task: str
     vocab_size: int
+    most_tokens: int
+    """Of a prompt, or of an encoder's text."""
     most_rows: int
     """Choices or beams of one prompt."""
 
@@ -35,6 +37,7 @@ class Api:
         schemas = document["components"]["schemas"]
         schemas["Model"]["enum"] = [limits.model]
         schemas["TokenId"]["maximum"] = limits.vocab_size - 1
+        schemas["TokenIds"]["maxItems"] = limits.most_tokens
         for name in ("CompletionRequest", "ChatRequest"):
             for field in ("n", "beams"):
                 schemas[name]["properties"][field]["maximum"] = limits.most_rows

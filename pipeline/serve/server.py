@@ -48,7 +48,8 @@ def serve(served: Served, options: Options, ready: Callable[[str], None]) -> Non
     listener = _listen(options.host, options.port)
     scheduler = Scheduler(served.decoder, most_rows=options.most_rows, most_waiting=options.most_waiting)
     state = State()
-    limits = Limits(served.name, served.task, served.vocab_size, scheduler.most_rows)
+    most = (served.context_length or 1 << 20) - (served.task == GENERATES)  # a token of its own for the answer
+    limits = Limits(served.name, served.task, served.vocab_size, most, scheduler.most_rows)
     api = Api(limits, guarded=bool(options.keys))
     guards = Guards(options.keys, body_bytes=options.body_bytes, answer_s=options.answer_s)
     app = application(Server(served, scheduler, Metrics(served.name)), api, guards, state)

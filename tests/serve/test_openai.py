@@ -152,7 +152,7 @@ def test_seeds_choices_stops_and_biases(server: Serving) -> None:
     assert (
         len(set(tokens))
         > len(set(client.completions.create(**how, temperature=0, logprobs=0).choices[0].logprobs.tokens)) - 1
-    )  # type: ignore[union-attr,arg-type]  # noqa: E501
+    )  # type: ignore[union-attr,arg-type]
     ended = client.completions.create(**how, temperature=0, extra_body={"stop_token_ids": [77]}, logit_bias={"77": 100})
     assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
     assert client.completions.create(**{**how, "max_tokens": 0}, echo=True).choices[0].text == PROMPTS[1]
