@@ -45,6 +45,8 @@ FLOORS = [
     {"trust"},
     {"registry"},
     {"serve"},
+    {"bench"},
+    {"compare"},
     {"cli"},
 ]
 CORE = ("step.py", "plan.py", "store.py", "run/local.py", "run/worker.py")

@@ -120,6 +120,20 @@ def opened(events: str | None) -> Iterator[IO[str] | None]:
             yield handle
 
 
+@contextlib.contextmanager
+def stepping(what: str, *, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error that is told (done, of how many, a note); nothing where that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total, note: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        row = progress.add_task(what)
+        yield lambda done, total, note: progress.update(row, completed=done, total=total, description=note)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Left-aligned columns as plain text, numbers to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -33,6 +33,7 @@ VERBS = {
     "gc": "Remove from the local registry what no version needs.",
     "generate": "Generate text with an artifact.",
     "serve": "Serve an artifact behind OpenAI's API.",
+    "bench": "Measure how fast artifacts are on this machine.",
     "doctor": "Say what is installed, and what this host can build and run.",
     "cache": "List, verify or clear the store of intermediate results.",
     "toolchain": "List or install interpreters for packages that do not install beside today's.",

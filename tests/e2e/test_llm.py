@@ -118,6 +118,7 @@ def test_every_scheme_in_one_run_and_the_same_bytes_again(tmp_path: Path) -> Non
 def test_a_build_that_was_killed_goes_on_with_the_next_layer(tmp_path: Path) -> None:
     """kill -9 between two layers: the layers that were done are not made again, and the artifact is the same."""
     recipe = EVERY.replace("precision: int4, ", "precision: int4, quantize: {method: gptq}, ", 1)
+    recipe = recipe.replace("kld_mean: 1.0", "kld_mean: null")  # twelve random layers make of int4 what they will
     site = site_of(tmp_path / "site", recipe, num_hidden_layers=12, hidden_size=512, intermediate_size=1024)
     argv = ("--target", "hf-w4a16")
     running = site.start(*argv)
