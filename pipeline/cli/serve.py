@@ -93,7 +93,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return {}
     data = file.read_bytes()
     manifest = json.loads(data)
-    return {"name": f"{manifest['name']}/{folder.resolve().name}", "artifact_id": artifact_id(data)}
+    return {"name": manifest["name"], "artifact_id": artifact_id(data)}
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -252,7 +252,7 @@ class _Endpoints:
 
     def _json(self, data: bytes) -> Any:
         try:
-            found = json.loads(data, parse_constant=_no_constant)
+            found = json.loads(data, parse_constant=_no_constant, parse_float=_number)
             json.dumps(found, ensure_ascii=False).encode()  # half characters are JSON and no text
         except (ValueError, RecursionError) as error:
             raise problems.BadRequest(f"the body is not JSON: {error}") from None
@@ -328,6 +328,14 @@ def _problem(error: Exception) -> problems.Problem:
     if isinstance(error, TimeoutError):
         return problems.TimedOut("the answer takes too long")
     return problems.Problem(error.message if isinstance(error, EnginewrightError) else "internal error")
+
+
+def _number(text: str) -> float | int:
+    """JSON knows one kind of number: 16.0 is an integer."""
+    found = float(text)
+    if found in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is out of range")
+    return int(found) if found.is_integer() else found
 
 
 def _no_constant(name: str) -> Any:

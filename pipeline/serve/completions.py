@@ -18,7 +18,6 @@ from pipeline.serve.served import Served
 from pipeline.text import chat_prompt
 
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI's API has it
-_MOST_PROMPTS = 1024
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,6 @@ class Completion:
         top = body.get("logprobs")
         most = body.get("max_tokens")
         prompts = texts_or_ids(served, body["prompt"], "prompt")
-        if len(prompts) > _MOST_PROMPTS:
-            raise BadRequest(f"prompt: {len(prompts)} prompts, {_MOST_PROMPTS} at most", param="prompt")
         return self._wanted(prompts, top or 0, top is not None, _DEFAULT_TOKENS if most is None else most)
 
     def _wanted(self, prompts: list[list[int]], top: int, logprobs: bool, most: int | None) -> Wanted:

@@ -117,9 +117,8 @@ class Generation:
 
     async def changes(self) -> AsyncIterator[list[tuple[int, str]]]:
         """(place of a choice, text that became known), several at once when they come faster than they are taken."""
-        open_choices = sum(choice.finish is None for choice in self.choices)
         try:
-            while open_choices:
+            while any(choice.finish is None for choice in self.choices):
                 await self._arrived.wait()
                 self._arrived.clear()
                 self._signalled = False
@@ -127,7 +126,6 @@ class Generation:
                 while self._mail:
                     for place, text in self._open(*self._mail.popleft()):
                         found[place] = found.get(place, "") + text
-                        open_choices -= self.choices[place].finish is not None
                 if found:
                     yield list(found.items())
         finally:

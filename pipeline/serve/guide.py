@@ -36,7 +36,9 @@ class Grammars:
         """Guides to JSON of a schema, or to any JSON object. Raises BadRequest for a schema that it cannot follow."""
         matcher = self._library.LLMatcher
         try:
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema if schema is not None else {"type": "object"}))
+            text = json.dumps(schema if schema is not None else {"type": "object"})
+            # Free white space lets a small model write line feeds until its limit.
+            grammar = matcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
             error = matcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as problem:
             error = str(problem)

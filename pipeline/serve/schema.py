@@ -19,6 +19,8 @@ class Limits:
     model: str
     task: str
     vocab_size: int
+    most_tokens: int
+    """Of a prompt, or of an encoder's text."""
     most_rows: int
     """Choices or beams of one prompt."""
 
@@ -35,9 +37,13 @@ class Api:
         schemas = document["components"]["schemas"]
         schemas["Model"]["enum"] = [limits.model]
         schemas["TokenId"]["maximum"] = limits.vocab_size - 1
+        schemas["TokenIds"]["maxItems"] = limits.most_tokens
         for name in ("CompletionRequest", "ChatRequest"):
             for field in ("n", "beams"):
                 schemas[name]["properties"][field]["maximum"] = limits.most_rows
+            bias = schemas[name]["properties"]["logit_bias"]
+            (value,) = bias["patternProperties"].values()
+            bias["patternProperties"] = {f"^({below(limits.vocab_size)})$": value}
             _exclude(schemas[name])
         paths = document["paths"].items()
         document["paths"] = {path: told for path, told in paths if limits.task in told.pop("x-tasks", (limits.task,))}
@@ -79,6 +85,22 @@ def _exclude(request: dict[str, Any]) -> None:
         {"not": {"required": ["beams", field], "properties": {"beams": more, field: value}}}
         for field, value in others.items()
     ]
+    if "top_logprobs" in request["properties"]:
+        alone = {"top_logprobs": {"type": "integer"}, "logprobs": {"not": {"const": True}}}
+        request["allOf"].append({"not": {"required": ["top_logprobs"], "properties": alone}})
+
+
+def below(limit: int) -> str:
+    """A regular expression for the whole numbers from 0 to below `limit`, as JSON writes them."""
+    top = str(limit - 1)
+    found = ["0"] if limit == 1 or len(top) > 1 else []
+    if len(top) > 1:
+        found.append(f"[1-9][0-9]{{0,{len(top) - 2}}}")
+    for place, digit in enumerate(top):  # as many digits as the largest: equal so far, then smaller
+        least = 1 if place == 0 and len(top) > 1 else 0
+        if int(digit) > least:
+            found.append(f"{top[:place]}[{least}-{int(digit) - 1}]" + "[0-9]" * (len(top) - place - 1))
+    return "|".join([*found, top])
 
 
 def _lifted(schemas: dict[str, Any]) -> dict[str, Any]:

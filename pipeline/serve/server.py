@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +48,8 @@ def serve(served: Served, options: Options, ready: Callable[[str], None]) -> Non
     listener = _listen(options.host, options.port)
     scheduler = Scheduler(served.decoder, most_rows=options.most_rows, most_waiting=options.most_waiting)
     state = State()
-    limits = Limits(served.name, served.task, served.vocab_size, scheduler.most_rows)
+    most = (served.context_length or 1 << 20) - (served.task == GENERATES)  # a token of its own for the answer
+    limits = Limits(served.name, served.task, served.vocab_size, most, scheduler.most_rows)
     api = Api(limits, guarded=bool(options.keys))
     guards = Guards(options.keys, body_bytes=options.body_bytes, answer_s=options.answer_s)
     app = application(Server(served, scheduler, Metrics(served.name)), api, guards, state)
@@ -56,9 +59,17 @@ def serve(served: Served, options: Options, ready: Callable[[str], None]) -> Non
     )  # fmt: skip
 
     class Drained(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            state.draining = True  # before the listener closes, so that a balancer can see it
-            super().handle_exit(sig, frame)
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """uvicorn's own would raise the signal again once all is drained: then that is no clean end."""
+            loop = asyncio.get_running_loop()
+            for each in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(each, self.told, each)
+            yield
+
+        def told(self, number: int) -> None:
+            state.draining = True
+            self.handle_exit(number, None)
 
     server = Drained(config)
 
