@@ -187,6 +187,20 @@ def _memory(root: Path = Path("/sys/fs/cgroup")) -> int:
     return memory
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that processes can still take: what the kernel calls available, within every cgroup's limit; 0: unknown."""
+    lines = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) << 10 if "MemAvailable" in lines else _memory()
+    for group in _groups(root / "sys/fs/cgroup", "memory", root / "proc/self/cgroup"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, now = _read(group / limit).strip(), _read(group / used).strip()
+            if most.isdigit() and now.isdigit():
+                stat = dict(line.split() for line in _read(group / "memory.stat").splitlines() if line.count(" ") == 1)
+                cache = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))  # the kernel takes it back
+                free = min(free, max(0, int(most) - int(now) + cache))
+    return free
+
+
 def _groups(root: Path, controller: str, mine: Path = Path("/proc/self/cgroup")) -> list[Path]:
     """This process' cgroup and those above it, for v2 (`0::/path`) or v1 (`4:cpu,cpuacct:/path`): each may limit it.
 

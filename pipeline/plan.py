@@ -28,6 +28,8 @@ class PlannedStep:
     key: str
     key_text: Mapping[str, Any]
     targets: tuple[str, ...]
+    memory_bytes: int = 0
+    """What its process will hold at most, by the stage's own estimate; 0: not known."""
 
     @property
     def label(self) -> str:

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,9 @@ from typing import Any, TextIO
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError, UnavailableError
 from pipeline.places import default_root
+
+WAIT_S = 0.05
+"""Between two looks at a lock that another builder holds."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,20 @@ class Store:
         return entry
 
     @contextlib.contextmanager
-    def locked(self, key: str) -> Iterator[None]:
-        """Hold the key's lock; waits for another builder. The kernel drops it when a holder dies."""
+    def locked(self, key: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Hold the key's lock; waits for another builder. The kernel drops it when a holder dies.
+
+        `cancelled` is asked while it waits: StageError once it says so, for a build that ends waits for no other.
+        """
         with self._lock_file(key) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if cancelled():
+                        raise StageError(f"stopped while another build makes {key}") from None
+                    time.sleep(WAIT_S)
             yield
 
     def _lock_file(self, name: str) -> TextIO:

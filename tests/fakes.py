@@ -20,6 +20,8 @@ class Write:
     text: str = ""
     sleep_s: float = 0.0
     fail: str = ""
+    threads: bool = False
+    """Write how many threads the step may use, too."""
 
 
 def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None:
@@ -42,6 +44,8 @@ def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None
     if options.fail == "bug":
         raise ZeroDivisionError("a bug")
     (out / "partial").unlink()
+    if options.threads:
+        (out / "threads").write_text(os.environ["OMP_NUM_THREADS"])
     before = "".join((folder / "text").read_text() for _, folder in sorted(inputs.items()))
     (out / "text").write_text(before + options.text)
 

@@ -16,13 +16,17 @@ from pipeline.artifact import attest, facts
 from pipeline.artifact.manifest import ManifestFacts
 from pipeline.artifact.package import Assembled, assemble, check_replaceable
 from pipeline.cli import outcome, preflight
+from pipeline.cli.cache import size
 from pipeline.cli.console import listening, megabytes, opened, table
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.errors import GateError, RecipeError, StageError
 from pipeline.hardware import probe
 from pipeline.parity import gates
-from pipeline.run.local import Event, Runner
+from pipeline.run import budget
+from pipeline.run.budget import Budget
+from pipeline.run.local import Runner
+from pipeline.run.once import Event
 from pipeline.run.status import Status, status
 from pipeline.store import Entry, Store, open_store
 from pipeline.trust.sbom import sbom
@@ -43,7 +47,8 @@ FORMAT = click.Choice(["text", "json"])
 @click.option("--cache", "root", type=FOLDER, help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache/enginewright.")
 @click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
-@click.option("--jobs", "-j", type=click.IntRange(1), default=1, show_default=True, help="Steps that run side by side.")
+@click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
+@click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
 @click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
 @click.option("--junit", type=FOLDER, help="Write the gates as a JUnit XML file.")
@@ -60,7 +65,8 @@ def build(
     root: Path | None,
     out: Path,
     copy: bool,
-    jobs: int,
+    jobs: int | None,
+    memory: str | None,
     form: str,
     events: str | None,
     junit: Path | None,
@@ -74,6 +80,7 @@ def build(
     for option, file in (("--events", events), ("--junit", junit)):
         if file and file != "-":
             preflight.report_file(Path(file), option)
+    memory_bytes = size(memory) if memory else None
     store = open_store(root)
     try:
         pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
@@ -95,7 +102,8 @@ def build(
         missing = [state.step.label for state in states if not state.hit]
         if missing:
             preflight.check(prepared, store, probe(), out)
-        results = _run(prepared, store, missing, costs, stream, jobs, quiet or form == "json")
+        limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
+        results = _run(prepared, store, missing, costs, stream, limits, quiet or form == "json")
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
@@ -135,7 +143,7 @@ def _run(
     missing: Sequence[str],
     costs: dict[str, Event],
     stream: IO[str] | None,
-    jobs: int,
+    limits: Budget,
     quiet: bool,
 ) -> dict[str, Entry]:
     with listening(missing, stream, quiet=quiet) as show:
@@ -146,7 +154,7 @@ def _run(
             show(event)
 
         try:
-            return Runner(store, listen, prepared.recipe.toolchains, jobs).run(prepared.plan)
+            return Runner(store, listen, prepared.recipe.toolchains, limits).run(prepared.plan)
         except (RecipeError, StageError) as error:
             # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
             sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}

@@ -16,7 +16,7 @@ import click
 from pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
-    from pipeline.run.local import Event
+    from pipeline.run.once import Event
 
 Listener = Callable[["Event"], None]
 

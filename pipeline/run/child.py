@@ -39,13 +39,17 @@ class Children:
 
     logs: Path
     toolchains: Mapping[str, str]
-    jobs: int = 1
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _stopped: bool = False
     _lock: Lock = field(default_factory=Lock)
 
     def run(
-        self, step: PlannedStep, inputs: Mapping[str, Path], out: Path, progress: Callable[[list[Any]], None]
+        self,
+        step: PlannedStep,
+        inputs: Mapping[str, Path],
+        out: Path,
+        progress: Callable[[list[Any]], None],
+        threads: int = 1,
     ) -> Cost:
         """Run the step's stage; what it cost. Raises its error, with the command that repeats it."""
         self.logs.mkdir(exist_ok=True)
@@ -61,7 +65,7 @@ class Children:
         live.write_text(json.dumps({**job, "out": str(out)}), "utf-8")
         command = [interpreter(step.stage.toolchain, self.toolchains), *WORKER]
         started = time.monotonic()
-        child, messages = self._start([*command, str(live)], log, step)
+        child, messages = self._start([*command, str(live)], log, _environment(step, threads))
         Thread(target=_sweep, args=(child.pid,), daemon=True).start()
         error = _listen(messages, progress)
         _, status, usage = os.wait4(child.pid, 0)
@@ -84,7 +88,9 @@ class Children:
         hint = f"{error['hint']}\n{again}" if error["hint"] else again
         raise kind(f"{step.label}: {error['message']}", hint=hint)
 
-    def _start(self, command: list[str], log: Path, step: PlannedStep) -> tuple[subprocess.Popen[bytes], int]:
+    def _start(
+        self, command: list[str], log: Path, environment: Mapping[str, str]
+    ) -> tuple[subprocess.Popen[bytes], int]:
         """The process and the file descriptor on which it speaks."""
         read, write = os.pipe()
         with log.open("wb") as handle:
@@ -94,7 +100,7 @@ class Children:
                 stdout=handle,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                env=self._environment(step),
+                env=environment,
                 start_new_session=True,
             )
         os.close(write)
@@ -104,28 +110,28 @@ class Children:
                 child.kill()
         return child, read
 
-    def _environment(self, step: PlannedStep) -> dict[str, str]:
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {
-            **os.environ,
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads burn the time of working ones on a busy machine
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "DO_NOT_TRACK": "1",
-            "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        }
-        if step.needs:  # only a step that rests on nothing may use the network
-            environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return environment
-
     def stop(self) -> None:
         """Kill every child."""
         with self._lock:
             self._stopped = True
             for child in self._running:
                 child.kill()
+
+
+def _environment(step: PlannedStep, threads: int) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads burn the time of working ones on a busy machine
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    if step.needs:  # only a step that rests on nothing may use the network
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return environment
 
 
 def _sweep(pid: int) -> None:

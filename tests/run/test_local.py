@@ -17,7 +17,9 @@ import pytest
 from pipeline.errors import EnginewrightError, StageError, UnavailableError
 from pipeline.hardware import probe
 from pipeline.plan import Plan, plan
-from pipeline.run.local import Event, Runner
+from pipeline.run.budget import Budget
+from pipeline.run.local import Runner
+from pipeline.run.once import Event
 from pipeline.step import Step
 from pipeline.store import Store
 from tests.conftest import ROOT
@@ -60,7 +62,7 @@ def test_a_chain_runs_once_and_then_is_a_hit(tmp_path: Path) -> None:
 
 def test_independent_steps_run_side_by_side(tmp_path: Path) -> None:
     made = planned(a=(Write(text="a", sleep_s=1.0), {}), b=(Write(text="b", sleep_s=1.0), {}))
-    run, events = runner(tmp_path, jobs=2)
+    run, events = runner(tmp_path, budget=Budget(jobs=2, cores=2))
     run.run(made)
     assert [e["event"] for e in events if e["event"] != "progress"] == ["start", "start", "done", "done"]
 
