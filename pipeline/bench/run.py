@@ -125,7 +125,7 @@ class Child:
 def measure(
     artifacts: Sequence[Path], cases: Sequence[Case], rounds: int, progress: Callable[[int, int, str], None]
 ) -> list[Measured]:
-    """Open every artifact, run every case once unmeasured, then `rounds` times in turn. Raises what an engine raises."""
+    """Open every artifact, run every case once unmeasured, then `rounds` times in turn. Raises what engines raise."""
     with _opened(artifacts) as children:
         found = [Measured(child.artifact, child.kind, child.open_s) for child in children]
         total = (rounds + 1) * sum(len(_of(each.kind, cases)) for each in found)
@@ -155,7 +155,7 @@ def _opened(artifacts: Sequence[Path]) -> Iterator[list[Child]]:
     children: list[Child] = []
     try:
         for artifact in artifacts:
-            children.append(Child(artifact))
+            children.append(Child(artifact))  # noqa: PERF401  those that are open are closed when the next one fails
         yield children
     finally:
         for child in children:

@@ -141,8 +141,8 @@ def _table(told: Sequence[dict[str, Any]]) -> str:
                 _number(each["http"]["tokens_per_s"]) if "http" in each else "-",
             ])  # fmt: skip
     header = (
-        "TARGET", "BATCH", "PROMPT", "PREFILL/S", "DECODE/S", "ROOFLINE", "FIRST MS", "P50 MS", "P99 MS", "OPEN S", "RSS",
-        "HTTP/S",
+        "TARGET", "BATCH", "PROMPT", "PREFILL/S", "DECODE/S", "ROOFLINE", "FIRST MS", "P50 MS", "P99 MS", "OPEN S",
+        "RSS", "HTTP/S",
     )  # fmt: skip
     return table(header, rows)
 
