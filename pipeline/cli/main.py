@@ -34,6 +34,7 @@ VERBS = {
     "generate": "Generate text with an artifact.",
     "serve": "Serve an artifact behind OpenAI's API.",
     "bench": "Measure how fast artifacts are on this machine.",
+    "compare": "One table and report of targets: quality, speed, size, and what each can do.",
     "doctor": "Say what is installed, and what this host can build and run.",
     "cache": "List, verify or clear the store of intermediate results.",
     "toolchain": "List or install interpreters for packages that do not install beside today's.",

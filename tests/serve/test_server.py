@@ -45,7 +45,7 @@ def wait_until(true: Any, what: str, limit_s: float = 30) -> None:
 def schemathesis(server: Serving, examples: int, place: Path) -> str:
     """What it prints; it must find nothing."""
     argv = ["run", f"{server.address}/openapi.json", "--checks", "all", "--max-examples", str(examples)]
-    argv += ["--generation-deterministic", "--no-color", "--workers", "1"]
+    argv += ["--generation-deterministic", "--no-color", "--workers", "1", "--request-timeout", "120"]
     program = [sys.executable, str(BIN / "schemathesis")]
     done = subprocess.run([*program, *argv], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
