@@ -31,6 +31,9 @@ ROW_LIMITS = {"w4a16": 0.60, "awq": 0.60, "gptq": 0.60, "w8a8": 0.15, "fp8": 0.1
 """The same of one output channel."""
 HALF_STEP = 0.52
 """Rounding to nearest: largest error of a weight in steps of its grid, the rounding of the scale included."""
+CLIPPED = 5.5
+"""int4: how far beyond the end of its grid a weight may lie: the search for scales leaves out up to 0.39 of the range,
+and where a group's extremes are far from symmetric, its largest weight lies half a step beyond the grid."""
 _PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
@@ -287,9 +290,14 @@ def _near(tensors: Mapping[str, Tensor], name: str, layout: str, reference: Any,
         yield Problem(name, f"output channel {int(of_rows.argmax())} is off by {of_rows.max():.3g} of its size")
     if method == "rtn" and zero is not None:
         steps = np.abs(error) / np.repeat(scale, error.shape[1] // scale.shape[1], axis=1)
-        # Where a group's extremes are far from symmetric, its largest value lies up to half a step beyond the grid.
-        if not steps.max() <= HALF_STEP + 0.5:
-            yield Problem(name, f"a weight is {steps.max():.3g} steps from its source: rounding to nearest gives half")
+        codes = llm_unpack.codes(tensors, name, layout)
+        inside = np.where((codes > codes.min()) & (codes < codes.max()), steps, 0.0).max()
+        if not inside <= HALF_STEP:
+            yield Problem(name, f"a weight is {inside:.3g} steps from its source: rounding to nearest gives half")
+        elif not steps.max() <= HALF_STEP + CLIPPED:
+            yield Problem(
+                name, f"a weight is {steps.max():.3g} steps from its source: clipping gives at most {CLIPPED}"
+            )
 
 
 def known_layouts() -> tuple[str, ...]:

@@ -36,7 +36,8 @@ class Rounded:
 
 
 def round_weight(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> Rounded:
-    """A float32 weight rounded to nearest. `importance_K` (mean square of each input) makes int4 search its scales."""
+    """A float32 weight rounded to nearest. `importance_K` (mean square of each input, or ones) makes int4 search its
+    scales; without it a group's largest weight decides."""
     import torch
 
     dtype = getattr(torch, TORCH_NAMES[scheme.dtype])

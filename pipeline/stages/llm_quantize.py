@@ -177,6 +177,8 @@ class _Work:
         for linear in self.family.linears:
             weight = weights[f"{linear.name}.weight"].to(self.options.device)
             given = importance.get(linear.name)
+            if given is None and scheme.bits == 4:
+                given = weight.new_ones(weight.shape[1])  # nothing was observed: every input counts alike
             made = round_weight(weight, scheme, None if given is None else given.to(self.options.device))
             rounded[linear.name] = made
             weights[f"{linear.name}.weight"] = None
@@ -279,4 +281,4 @@ def _config(config: dict[str, Any], scheme: Scheme, family: Family) -> dict[str,
     return told if quantization is None else {**told, "quantization_config": quantization}
 
 
-STAGE = Stage("llm.quantize", run, tools=TOOLS, scope="isa", resumable=True)
+STAGE = Stage("llm.quantize", run, version=2, tools=TOOLS, scope="isa", resumable=True)
