@@ -1,92 +1,264 @@
-"""A recipe of four targets, one step at a time and two side by side: wall time of a build from an empty store.
+"""What is measured: for each tool the same job as its own commands, phase by phase in one workspace.
 
-`python bench/jobs.py [--rounds N] [--threads N] [--recipe FILE]`, rounds alternating between the two, each after the
-other, so that a busy machine spoils both alike. `--threads` fixes the threads of every step in both (OMP_NUM_THREADS);
-without it a step alone gets all cores and two side by side half each. Prints a JSON document.
+A job has one or more phases. The phases of one job share the tool's cache, so that `warm` after `cold` is a second run
+of the same command. Peers run with what their documentation says, and with their parity checks as they come.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RECIPE = f"""\
-name: four
-model:
-  source: {ROOT / "recipes/models/pydoc-llama"}
-  license: PSF-2.0
-parity:
-  data:
-    path: {ROOT / "recipes/data/pydoc-heldout.txt"}
-    samples: 8
-    length: 128
-targets:
-  ort-int8: {{runtime: onnxruntime, precision: int8}}
-  ort-int4: {{runtime: onnxruntime, precision: int4, quantize: {{group_size: 32}}}}
-  ov-int8: {{runtime: openvino, precision: int8}}
-  gguf-q8: {{runtime: gguf, precision: Q8_0}}
-"""
+OURS, OLIVE, OPTIMUM, GENAI = "Enginewright", "Olive", "Optimum", "GenAI builder"
+TOOLS = (OURS, OLIVE, OPTIMUM, GENAI)
+
+Command = tuple[str, ...]
+Targets = dict[str, dict[str, object]]
+"""`targets:` of a recipe."""
+
+# Another kind of int8 for the same encoder: what `edit` changes, and the third target of `three`.
+OTHER_INT8: dict[str, object] = {"precision": "int8", "int8": {"embeddings": False}}
+EDIT_OF_ENCODER = "targets.cpu-int8.int8.embeddings=false"
 
 
-def built(recipe: Path, place: Path, jobs: int, threads: int | None) -> dict[str, Any]:
-    """One build into an empty store: wall seconds, the steps that ran and what they took, and what came out."""
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    place.mkdir()
-    argv = [str(Path(sys.executable).with_name("build")), str(recipe), "--cache", str(place / "cache")]
-    argv += ["--out", str(place / "out"), "--jobs", str(jobs), "--events", str(place / "events"), "--format", "json"]
-    started = time.monotonic()
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
-    wall = time.monotonic() - started
-    if done.returncode:
-        sys.exit(done.stderr)
-    events = [json.loads(line) for line in (place / "events").read_text("utf-8").splitlines()]
-    ends = [event for event in events if event["event"] == "done"]
-    return {
-        "wall_s": round(wall, 2),
-        "steps": {event["step"]: event["wall_s"] for event in ends},
-        "cpu_s": round(sum(event["cpu_s"] for event in ends), 1),
-        "ids": {each["target"]: each["artifact_id"] for each in json.loads(done.stdout)["targets"]},
-        "once": len({event["key"] for event in ends}) == len(ends),
+@dataclass(frozen=True)
+class Phase:
+    """A named list of commands; `prepare` runs before them and is not measured."""
+
+    name: str
+    commands: tuple[Command, ...]
+    prepare: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One tool's way to do a job, in a workspace that is new for every repetition."""
+
+    tool: str
+    phases: tuple[Phase, ...]
+    outputs: tuple[str, ...] = ()
+    """Folders of the workspace that hold the finished models."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The same work by every tool that can do it."""
+
+    id: str
+    title: str
+    attempts: Callable[[Path], tuple[Attempt, ...]]
+    """Given the workspace's parent; a tool's workspace is below it, by its name."""
+    note: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Tools that cannot do it, with the reason."""
+
+
+def workspace(parent: Path, tool: str) -> Path:
+    """Where a tool works in one repetition."""
+    return parent / tool.lower().replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Interpreters:
+    """Where each tool is installed."""
+
+    ours: Path
+    olive: Path
+    optimum: Path
+
+    def tool(self, python: Path, name: str) -> str:
+        """A console script beside an interpreter."""
+        return str(python.parent / name)
+
+    def build(self, recipe: Path, *more: str) -> Command:
+        """`build` with everything inside the workspace."""
+        script = self.tool(self.ours, "build")
+        return (script, str(recipe), "--quiet", "--out", "out", "--cache", "cache", "--events", "events.ndjson", *more)
+
+    def olive_run(self, config: Path) -> Command:
+        return (self.tool(self.olive, "olive"), "run", "--config", str(config))
+
+    def optimum_cli(self, *arguments: str) -> Command:
+        return (self.tool(self.optimum, "optimum-cli"), *arguments)
+
+
+def olive_config(
+    path: Path, *, model: Path, task: str, model_type: str, passes: Mapping[str, Mapping[str, Any]], out: str
+) -> Path:
+    """Write a workflow for `olive run`: export, fuse, quantize, for the CPU; without an evaluator."""
+    conversion: dict[str, Any] = {"type": "OnnxConversion", "target_opset": 17}
+    if task == "feature-extraction":  # its default exporter fails here: forward() got two values for 'use_cache'
+        conversion = {"type": "OnnxConversion", "target_opset": 20, "use_dynamo_exporter": True}
+    content = {
+        "input_model": {"type": "HfModel", "model_path": str(model), "task": task},
+        "systems": {
+            "cpu": {
+                "type": "LocalSystem",
+                "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+            }
+        },
+        "passes": {
+            "conversion": conversion,
+            "fusion": {"type": "OrtTransformersOptimization", "model_type": model_type},
+            **passes,
+        },
+        "target": "cpu",
+        "cache_dir": "cache",
+        "output_dir": out,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    return path
 
 
-def main() -> None:
-    """Measure in pairs and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--recipe", type=Path)
-    asked = parser.parse_args()
-    pairs = []
-    with tempfile.TemporaryDirectory() as name:
-        recipe = asked.recipe or Path(name) / "recipe.yaml"
-        if asked.recipe is None:
-            recipe.write_text(RECIPE, "utf-8")
-        for number in range(asked.rounds):
-            pair = {jobs: built(recipe, Path(name) / f"{number}-{jobs}", jobs, asked.threads) for jobs in (1, 2)}
-            pairs.append(pair)
-    ratios = [round(pair[2]["wall_s"] / pair[1]["wall_s"], 3) for pair in pairs]
-    document = {
-        "threads": asked.threads or "divided",
-        "ratios": ratios,
-        "median_ratio": statistics.median(ratios),
-        "wall_s": [{jobs: run["wall_s"] for jobs, run in pair.items()} for pair in pairs],
-        "cpu_s": [{jobs: run["cpu_s"] for jobs, run in pair.items()} for pair in pairs],
-        "every_step_once": all(run["once"] for pair in pairs for run in pair.values()),
-        "same_ids": all(pair[1]["ids"] == pair[2]["ids"] for pair in pairs),
-        "steps_s": pairs[-1][1]["steps"],
-    }
-    print(json.dumps(document, indent=1))
+def start(tools: Interpreters) -> Job:
+    """How long until a command line answers."""
+
+    def attempts(parent: Path) -> tuple[Attempt, ...]:
+        return (
+            Attempt(OURS, (Phase("help", ((tools.tool(tools.ours, "build"), "--help"),)),)),
+            Attempt(OLIVE, (Phase("help", ((tools.tool(tools.olive, "olive"), "--help"),)),)),
+            Attempt(OPTIMUM, (Phase("help", (tools.optimum_cli("export", "onnx", "--help"),)),)),
+            Attempt(GENAI, (Phase("help", ((str(tools.ours), "-m", "onnxruntime_genai.models.builder", "--help"),)),)),
+        )
+
+    note = "The help of GenAI's builder 0.18.0 ends in an error (a stray `%`), after it has imported torch."
+    return Job("start", "Start of the command line", attempts, note)
 
 
-if __name__ == "__main__":
-    main()
+def encoder(tools: Interpreters, home: Path, name: str, model: Path, task: str, recipe: Path) -> Job:
+    """A BERT from its checkpoint to int8, again without a change, and with the last step changed."""
+
+    def attempts(parent: Path) -> tuple[Attempt, ...]:
+        first = olive_config(
+            home / "inputs" / f"olive-{name}.json",
+            model=model,
+            task=task,
+            model_type="bert",
+            passes={"quantization": {"type": "OnnxDynamicQuantization"}},
+            out="out",
+        )
+        changed = olive_config(
+            home / "inputs" / f"olive-{name}-changed.json",
+            model=model,
+            task=task,
+            model_type="bert",
+            passes={"quantization": {"type": "OnnxDynamicQuantization", "per_channel": True}},
+            out="out",
+        )
+        export = tools.optimum_cli("export", "onnx", "-m", str(model), "--task", task, "fp32")
+        quantize = tools.optimum_cli("onnxruntime", "quantize", "--onnx_model", "fp32", "--avx2", "-o", "out")
+        again = (*quantize, "--per_channel")
+        edit = tools.build(recipe, "--set", EDIT_OF_ENCODER)
+        return (
+            Attempt(
+                OURS,
+                (
+                    Phase("cold", (tools.build(recipe),)),
+                    Phase("warm", (tools.build(recipe),)),
+                    Phase("edit", (edit,)),
+                ),
+                ("out",),
+            ),
+            Attempt(
+                OLIVE,
+                (
+                    Phase("cold", (tools.olive_run(first),)),
+                    Phase("warm", (tools.olive_run(first),)),
+                    Phase("edit", (tools.olive_run(changed),)),
+                ),
+                ("out",),
+            ),
+            Attempt(
+                OPTIMUM,
+                (Phase("cold", (export, quantize)), Phase("warm", (export, quantize)), Phase("edit", (again,))),
+                ("out",),
+            ),
+        )
+
+    return Job(
+        name,
+        f"{name}: fp32 checkpoint to int8",
+        attempts,
+        missing={GENAI: "builds decoders only"},
+    )
+
+
+def three_targets(tools: Interpreters, home: Path, model: Path, task: str, recipe: Path) -> Job:
+    """fp32 and two ways of int8 from one export."""
+
+    def attempts(parent: Path) -> tuple[Attempt, ...]:
+        ways: dict[str, dict[str, dict[str, Any]]] = {
+            "a": {},
+            "b": {"quantization": {"type": "OnnxDynamicQuantization"}},
+            "c": {"quantization": {"type": "OnnxDynamicQuantization", "per_channel": True}},
+        }
+        configs = [
+            olive_config(
+                home / "inputs" / f"olive-three-{key}.json",
+                model=model,
+                task=task,
+                model_type="bert",
+                passes=passes,
+                out=f"out-{key}",
+            )
+            for key, passes in ways.items()
+        ]
+        quantize = tools.optimum_cli("onnxruntime", "quantize", "--onnx_model", "out-a", "--avx2")
+        return (
+            Attempt(OURS, (Phase("cold", (tools.build(recipe),)),), ("out",)),
+            Attempt(
+                OLIVE,
+                (Phase("cold", tuple(tools.olive_run(config) for config in configs)),),
+                ("out-a", "out-b", "out-c"),
+            ),
+            Attempt(
+                OPTIMUM,
+                (
+                    Phase(
+                        "cold",
+                        (
+                            tools.optimum_cli("export", "onnx", "-m", str(model), "--task", task, "out-a"),
+                            (*quantize, "-o", "out-b"),
+                            (*quantize, "--per_channel", "-o", "out-c"),
+                        ),
+                    ),
+                ),
+                ("out-a", "out-b", "out-c"),
+            ),
+        )
+
+    return Job(
+        "three",
+        "Three targets of one model: fp32 and two kinds of int8",
+        attempts,
+        missing={GENAI: "builds decoders only"},
+        note="Olive 0.13.0 runs one list of passes a command; the three commands share its cache.",
+    )
+
+
+def decoder(tools: Interpreters, name: str, precision: str, model: Path, recipe: Path) -> Job:
+    """A language model with its KV cache, from a cold cache."""
+
+    def attempts(parent: Path) -> tuple[Attempt, ...]:
+        olive = (tools.tool(tools.olive, "olive"), "capture-onnx-graph", "-m", str(model), "--use_model_builder")
+        genai = (str(tools.ours), "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", "out")
+        found = [
+            Attempt(OURS, (Phase("cold", (tools.build(recipe),)),), ("out",)),
+            Attempt(OLIVE, (Phase("cold", ((*olive, "--precision", precision, "-o", "out"),)),), ("out",)),
+            Attempt(GENAI, (Phase("cold", ((*genai, "-p", precision, "-e", "cpu", "-c", "cache"),)),), ("out",)),
+        ]
+        if precision == "fp32":
+            export = tools.optimum_cli("export", "onnx", "-m", str(model), "--task", "text-generation-with-past", "out")
+            found.append(Attempt(OPTIMUM, (Phase("cold", (export,)),), ("out",)))
+        return tuple(found)
+
+    return Job(
+        f"{name}-{precision}",
+        f"{name}: {precision} decoder",
+        attempts,
+        missing={} if precision == "fp32" else {OPTIMUM: "`optimum-cli export onnx` has no int4"},
+    )

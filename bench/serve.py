@@ -1,0 +1,161 @@
+"""Tokens/s through HTTP beside the engine called directly, and beside llama.cpp's own server, at batch 1.
+
+    python bench/serve.py                     the trained Llama and the shape of Qwen2.5-0.5B, seven rounds
+    python bench/serve.py --models pydoc-llama --rounds 3
+
+Each engine is open twice: in a process that calls it, and behind `enginewright serve`. In each round the same prompt is
+continued by both, one after the other. The table goes into docs/benchmarks.md between its marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import decode
+import environments
+import httpx
+import inputs
+
+from pipeline.bench.http import serving
+from pipeline.bench.run import Child
+
+HOME = environments.HOME
+ROOT = Path(__file__).parent.parent
+MARKS = ("<!-- serve: begin -->", "<!-- serve: end -->")
+PROMPT, SEED = 32, 5
+LLAMA_CPP = """
+import sys
+import xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.hostnames, parameters.port = sys.argv[1], ["127.0.0.1"], 0
+parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 2048, 1, int(sys.argv[2])
+server = xllamacpp.Server(parameters)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def built(model: str) -> dict[str, Path]:
+    """Artifacts of a model, runtime -> folder."""
+    checkpoint = inputs.model(HOME, model)
+    off = inputs.gates_off("text-generation", "int4")
+    targets: dict[str, dict[str, object]] = {
+        "onnxruntime": {"runtime": "onnxruntime", "precision": "int4", "gates": off},
+        "openvino": {"runtime": "openvino", "precision": "int4", "gates": off},
+        "gguf": {"runtime": "gguf", "precision": "Q4_0", "gates": off},
+    }
+    recipe = inputs.recipe(HOME, f"serve-{model}", targets, model_folder=checkpoint, samples=2, length=32)
+    work, script = HOME / "serve", Path(sys.executable).parent / "build"
+    decode.run([script, recipe, "--quiet", "--out", work / "out", "--cache", HOME / "decode" / "cache"])
+    return {name: work / "out" / f"serve-{model}" / name for name in targets}
+
+
+def prompt(vocab_size: int) -> list[int]:
+    """The ids that `pipeline.bench.child` draws for the same seed and vocabulary."""
+    import numpy as np
+
+    found: list[int] = np.random.default_rng(SEED).integers(8, vocab_size, (1, PROMPT))[0].tolist()
+    return found
+
+
+def directly(child: Child, new: int) -> float:
+    """Tokens/s of the whole generation, prefill included."""
+    answer = child.ask(batch=1, prompt=PROMPT, new=new, seed=SEED)
+    return new / (answer["first_s"] + answer["rest_s"])
+
+
+def through(client: httpx.Client, model: str, ids: list[int], new: int, stream: bool) -> float:
+    """The same through a server."""
+    body = {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": stream}
+    started = time.perf_counter()
+    answer = client.post("/v1/completions", json=body)
+    answer.raise_for_status()
+    took = time.perf_counter() - started
+    if not stream:
+        assert answer.json()["usage"]["completion_tokens"] == new, answer.text[:300]
+    return new / took
+
+
+@contextlib.contextmanager
+def llama_cpp(file: Path, threads: int) -> Iterator[str]:
+    """llama.cpp's own server over a GGUF file."""
+    command = [sys.executable, "-c", LLAMA_CPP, str(file), str(threads)]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout
+        while not (line := server.stdout.readline()).startswith("http"):
+            assert line, "llama.cpp's server ended"
+        yield line.strip()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def measure(folder: Path, runtime: str, new: int, rounds: int) -> list[Any]:
+    """[direct, whole, streamed, llama.cpp's own server or None], medians of tokens/s."""
+    told = json.loads((folder / "engine.json").read_text())
+    ids = prompt(int(told["decoder"]["vocab_size"]))
+    child = Child(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(child.close)
+        client = stack.enter_context(httpx.Client(base_url=stack.enter_context(serving(folder)), timeout=None))
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        other = None
+        if runtime == "gguf":
+            address = stack.enter_context(llama_cpp(folder / told["components"]["model"], os.cpu_count() or 1))
+            other = stack.enter_context(httpx.Client(base_url=address, timeout=None))
+        rows: list[list[float]] = []
+        for turn in range(rounds + 1):
+            row = [
+                directly(child, new),
+                through(client, model, ids, new, False),
+                through(client, model, ids, new, True),
+            ]
+            if other:
+                row.append(through(other, model, ids, new, False))
+            if turn:
+                rows.append(row)
+            print(folder.name, [round(each, 1) for each in row], flush=True)
+    return [median(column) for column in zip(*rows, strict=True)] + ([] if runtime == "gguf" else [None])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["pydoc-llama", "qwen2.5-0.5b-shape"])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    table = [
+        f"`python bench/serve.py --rounds {arguments.rounds}`: tokens/s at batch 1, {PROMPT} tokens of prompt, medians "
+        "of paired rounds. `llama.cpp's server` is that of the same library on the same file.",
+        "",
+        "| model | runtime | engine called | through HTTP | streamed | llama.cpp's server |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in arguments.models:
+        new = 512 if model == "pydoc-llama" else 64
+        for runtime, folder in built(model).items():
+            direct, whole, streamed, other = measure(folder, runtime, new, arguments.rounds)
+            cells = [f"{direct:.1f}", *(f"{each:.1f} ({100 * each / direct:.1f} %)" for each in (whole, streamed))]
+            table.append(f"| {model} | {runtime} | {' | '.join(cells)} | {f'{other:.1f}' if other else '-'} |")
+    page = ROOT / "docs" / "benchmarks.md"
+    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
+    text = "\n".join(table)
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
