@@ -1,8 +1,8 @@
 """A recipe of four targets, one step at a time and two side by side: wall time of a build from an empty store.
 
 `python bench/side_by_side.py [--rounds N] [--threads N] [--recipe FILE]`, rounds alternating between the two, each
-after the other, so that a busy machine spoils both alike. `--threads` fixes the threads of every step in both (OMP_NUM_THREADS);
-without it a step alone gets all cores and two side by side half each. Prints a JSON document.
+after the other, so that a busy machine spoils both alike. `--threads` fixes the threads of every step in both
+(OMP_NUM_THREADS); without it a step alone gets all cores and two side by side half each. Prints a JSON document.
 """
 
 from __future__ import annotations
