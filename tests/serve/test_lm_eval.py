@@ -1,4 +1,4 @@
-"""lm-eval's local-completions against the server: the scores that its own `hf` model gives with torch."""
+"""lm-eval's local-completions against the server: its scores are those that torch computes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import random
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from tests.e2e.harness import DATA, MODEL
 from tests.serve.conftest import Serving
@@ -32,8 +33,8 @@ CHOICE = (
 )
 
 
-def write_task(place: Path) -> None:
-    """Which of four lines goes on with the text."""
+def write_task(place: Path) -> list[int]:
+    """Which of four lines goes on with the text: the right answers."""
     lines = [line for line in (DATA / "pydoc-heldout.txt").read_text("utf-8").splitlines() if len(line) > 40]
     draw = random.Random(0)
     docs = []
@@ -46,35 +47,44 @@ def write_task(place: Path) -> None:
     data = place / "choice.jsonl"
     data.write_text("\n".join(map(json.dumps, docs)))
     (place / "choice.yaml").write_text(TASK.format(data=data) + CHOICE)
+    return [int(doc["answer"]) for doc in docs]  # type: ignore[call-overload]
 
 
-def scores(place: Path, model: str, arguments: str) -> dict[str, Any]:
-    out = place / f"out-{model}"
+def scored(place: Path, address: str) -> tuple[float, list[tuple[str, str, float, bool]]]:
+    """(accuracy, [(context, continuation, its log probability, whether it is the greedy one)]) by lm-eval."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    told = f"model=served,base_url={address}/v1/completions,tokenizer={MODEL},num_concurrent=4,tokenized_requests=True"
     command = [
-        PYTHON, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "pydoc_choice",
-        "--include_path", str(place), "--output_path", str(out), "--log_samples", "--batch_size", "1",
+        PYTHON, "-m", "lm_eval", "--model", "local-completions", "--model_args", told, "--tasks", "pydoc_choice",
+        "--include_path", str(place), "--output_path", str(place / "out"), "--log_samples", "--batch_size", "1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    (file,) = out.rglob("results_*.json")
-    found = json.loads(file.read_text())["results"]
-    samples = {}
-    for each in sorted(out.rglob("samples_pydoc_choice*.jsonl")):
-        for line in each.read_text().splitlines():
-            row = json.loads(line)
-            samples[row["doc_id"]] = [float(answer[0][0]) for answer in row["resps"]]
-    return {**found, "likelihoods": samples}
+    (file,) = (place / "out").rglob("results_*.json")
+    (samples,) = (place / "out").rglob("samples_*.jsonl")
+    found = []
+    for row in map(json.loads, samples.read_text().splitlines()):
+        for asked, answer in zip(row["arguments"].values(), row["resps"], strict=True):
+            found.append((asked["arg_0"], asked["arg_1"], float(answer[0][0]), str(answer[0][1]) == "True"))
+    return json.loads(file.read_text())["results"]["pydoc_choice"]["acc,none"], found
 
 
 def test_local_completions_score_as_torch_does(ort: Serving, tmp_path: Path) -> None:
-    write_task(tmp_path)
-    served = scores(
-        tmp_path, "local-completions",
-        f"model=served,base_url={ort.address}/v1/completions,tokenizer={MODEL},num_concurrent=4,tokenized_requests=True",
-    )  # fmt: skip
-    torch = scores(tmp_path, "hf", f"pretrained={MODEL},dtype=float32")
-    assert served["pydoc_choice"]["acc,none"] == torch["pydoc_choice"]["acc,none"]
-    assert 0 < served["pydoc_choice"]["acc,none"] < 1
-    for number, values in torch["likelihoods"].items():
-        assert served["likelihoods"][number] == pytest.approx(values, abs=1e-2)
+    answers = write_task(tmp_path)
+    accuracy, found = scored(tmp_path, ort.address)
+    assert len(found) == 4 * len(answers)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    likelihoods = []
+    for context, continuation, log_prob, greedy in found:
+        whole, before = (
+            tokenizer(text, add_special_tokens=False).input_ids for text in (context + continuation, context)
+        )
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        steps = [(log_probs[place - 1], whole[place]) for place in range(len(before), len(whole))]
+        likelihoods.append(sum(float(row[token]) for row, token in steps))
+        assert log_prob == pytest.approx(likelihoods[-1], abs=2e-3)
+        assert greedy == all(int(row.argmax()) == token for row, token in steps)
+    best = [max(range(4), key=lambda choice: likelihoods[4 * doc + choice]) for doc in range(len(answers))]
+    assert accuracy == pytest.approx(sum(map(int.__eq__, best, answers)) / len(answers))
