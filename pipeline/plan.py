@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.digest import sha256_of
@@ -59,7 +60,10 @@ class Plan:
 
 def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions) -> Plan:
     """Give every step of every target its key, and share the steps whose keys are equal."""
-    merged: dict[str, PlannedStep] = {}
+    versions = functools.cache(versions)  # reading a package's metadata takes a millisecond
+    salt = os.environ.get("ENGINEWRIGHT_SALT", "")
+    first: dict[str, tuple[Step, dict[str, Any]]] = {}
+    users: dict[str, list[str]] = {}
     names: dict[str, dict[str, str]] = {}
     for target, (steps, hardware) in targets.items():
         keys = names[target] = {}
@@ -72,13 +76,13 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
                 "needs": {role: keys[name] for role, name in step.needs.items()},
                 "tools": {tool: versions(tool, step.stage.toolchain) for tool in step.stage.tools},
                 "hardware": facts(hardware, step.stage.scope),
-                "salt": os.environ.get("ENGINEWRIGHT_SALT", ""),
+                "salt": salt,
             }
             key = keys[step.name] = f"{step.stage.name}-{sha256_of(text).removeprefix('sha256:')}"
-            known = merged.get(key)
-            merged[key] = (
-                replace(known, targets=(*known.targets, target))
-                if known
-                else PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, (target,))
-            )
-    return Plan(tuple(merged.values()), names)
+            first.setdefault(key, (step, text))
+            users.setdefault(key, []).append(target)
+    planned = (
+        PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, tuple(users[key]))
+        for key, (step, text) in first.items()
+    )
+    return Plan(tuple(planned), names)
