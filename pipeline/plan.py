@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.digest import sha256_of
-from pipeline.hardware import Hardware, facts
+from pipeline.hardware import Device, Hardware, facts
 from pipeline.plain import to_plain
 from pipeline.step import Stage, Step
 
@@ -31,6 +31,8 @@ class PlannedStep:
     targets: tuple[str, ...]
     memory_bytes: int = 0
     """What its process will hold at most, by the stage's own estimate; 0: not known."""
+    device: Device | None = None
+    """The accelerator on which alone it can run."""
 
     @property
     def label(self) -> str:
@@ -62,7 +64,7 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
     """Give every step of every target its key, and share the steps whose keys are equal."""
     versions = functools.cache(versions)  # reading a package's metadata takes a millisecond
     salt = os.environ.get("ENGINEWRIGHT_SALT", "")
-    first: dict[str, tuple[Step, dict[str, Any]]] = {}
+    first: dict[str, tuple[Step, dict[str, Any], Hardware]] = {}
     users: dict[str, list[str]] = {}
     names: dict[str, dict[str, str]] = {}
     for target, (steps, hardware) in targets.items():
@@ -79,10 +81,15 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
                 "salt": salt,
             }
             key = keys[step.name] = f"{step.stage.name}-{sha256_of(text).removeprefix('sha256:')}"
-            first.setdefault(key, (step, text))
+            first.setdefault(key, (step, text, hardware))
             users.setdefault(key, []).append(target)
-    planned = (
-        PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, tuple(users[key]))
-        for key, (step, text) in first.items()
-    )
+    planned = []
+    for key, (step, text, machine) in first.items():
+        common = (step.name, step.stage, step.options, text["needs"], key, text, tuple(users[key]))
+        planned.append(PlannedStep(*common, device=_device(step, machine)))
     return Plan(tuple(planned), names)
+
+
+def _device(step: Step, hardware: Hardware) -> Device | None:
+    """What a step whose result depends on the exact device has to run on."""
+    return hardware.devices[0] if step.stage.scope == "device" and hardware.devices else None

@@ -48,6 +48,9 @@ FORMAT = click.Choice(["text", "json"])
 @click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
+@click.option(
+    "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
+)
 @click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
 @click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
@@ -66,6 +69,7 @@ def build(
     out: Path,
     copy: bool,
     jobs: int | None,
+    where: str,
     memory: str | None,
     form: str,
     events: str | None,
@@ -81,6 +85,8 @@ def build(
         if file and file != "-":
             preflight.report_file(Path(file), option)
     memory_bytes = size(memory) if memory else None
+    if where not in ("local", "ray") and not where.startswith("ray://"):
+        raise RecipeError(f"--on cannot be {where!r}", hint="write local, ray or ray://HOST:PORT")
     store = open_store(root)
     try:
         pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
@@ -103,7 +109,7 @@ def build(
         if missing:
             preflight.check(prepared, store, probe(), out)
         limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
-        results = _run(prepared, store, missing, costs, stream, limits, quiet or form == "json")
+        results = _run(prepared, store, missing, costs, stream, limits, where, quiet or form == "json")
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
@@ -144,6 +150,7 @@ def _run(
     costs: dict[str, Event],
     stream: IO[str] | None,
     limits: Budget,
+    where: str,
     quiet: bool,
 ) -> dict[str, Entry]:
     with listening(missing, stream, quiet=quiet) as show:
@@ -153,8 +160,13 @@ def _run(
                 costs[event["key"]] = event
             show(event)
 
+        chains = prepared.recipe.toolchains
         try:
-            return Runner(store, listen, prepared.recipe.toolchains, limits).run(prepared.plan)
+            if where == "local":
+                return Runner(store, listen, chains, limits).run(prepared.plan)
+            from pipeline.run.ray import RayRunner
+
+            return RayRunner(store, listen, chains, limits, where.removesuffix("ray")).run(prepared.plan)
         except (RecipeError, StageError) as error:
             # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
             sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}
