@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.digest import sha256_of
 from pipeline.hardware import Device, Hardware, facts
 from pipeline.plain import to_plain
+from pipeline.size import Size
 from pipeline.step import Stage, Step
 
 Versions = Callable[[str, str], str]
@@ -60,8 +61,11 @@ class Plan:
         return tuple(step for step in self.steps if step.key in wanted)
 
 
-def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions) -> Plan:
-    """Give every step of every target its key, and share the steps whose keys are equal."""
+def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions, size: Size | None = None) -> Plan:
+    """Give every step of every target its key, and share the steps whose keys are equal.
+
+    `size` is that of the model: from it the stages say what memory they need.
+    """
     versions = functools.cache(versions)  # reading a package's metadata takes a millisecond
     salt = os.environ.get("ENGINEWRIGHT_SALT", "")
     first: dict[str, tuple[Step, dict[str, Any], Hardware]] = {}
@@ -86,7 +90,8 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
     planned = []
     for key, (step, text, machine) in first.items():
         common = (step.name, step.stage, step.options, text["needs"], key, text, tuple(users[key]))
-        planned.append(PlannedStep(*common, device=_device(step, machine)))
+        memory = step.stage.memory(step.options, size) if size else 0
+        planned.append(PlannedStep(*common, memory_bytes=memory, device=_device(step, machine)))
     return Plan(tuple(planned), names)
 
 

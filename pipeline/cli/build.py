@@ -100,16 +100,24 @@ def build(
             report(error)
             return 1
         raise
+    most = (memory_bytes or probe().memory_bytes) if where == "local" else 0  # a cluster says itself what it has
     if plan_only:
-        _show_plan(prepared, states, store, form)
+        _show_plan(prepared, states, store, most, form)
+        if misfit := preflight.too_large((state.step for state in states if not state.hit), most):
+            if not detailed_exitcode:
+                raise misfit
+            report(misfit)
+            return 1
         return 2 if detailed_exitcode and not all(state.hit for state in states) else 0
     costs: dict[str, Event] = {}
     with opened(events) as stream, store.using(prepared.plan.by_key()):
-        missing = [state.step.label for state in states if not state.hit]
+        missing = [state.step for state in states if not state.hit]
         if missing:
-            preflight.check(prepared, store, probe(), out)
+            preflight.check(prepared, missing, store, most, out)
         limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
-        results = _run(prepared, store, missing, costs, stream, limits, where, quiet or form == "json")
+        results = _run(
+            prepared, store, [step.label for step in missing], costs, stream, limits, where, quiet or form == "json"
+        )
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
@@ -233,7 +241,7 @@ def _host(hardware: Any) -> dict[str, Any]:
     return {"os": hardware.os, "arch": hardware.arch, "isa": list(hardware.isa), "cores": os.cpu_count()}
 
 
-def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, form: str) -> None:
+def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, most: int, form: str) -> None:
     rows = [
         {
             "step": state.step.label,
@@ -243,18 +251,32 @@ def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, form:
             "state": "hit" if state.hit else "miss",
             "reason": state.reason,
             "size_bytes": state.size_bytes,
+            "memory_need_bytes": state.step.memory_bytes,
             "toolchain": state.step.stage.toolchain,
             "scope": state.step.stage.scope,
         }
         for state in states
     ]
     if form == "json":
-        click.echo(json.dumps({"recipe": prepared.recipe.name, "store": str(store.root), "steps": rows}, indent=2))
+        document = {"recipe": prepared.recipe.name, "store": str(store.root), "memory_bytes": most, "steps": rows}
+        click.echo(json.dumps(document, indent=2))
         return
     shown = [
-        (row["step"], row["stage"], row["state"], megabytes(state.size_bytes) if state.hit else "", row["reason"])
+        (
+            row["step"],
+            row["stage"],
+            row["state"],
+            megabytes(state.size_bytes) if state.hit else "",
+            "" if state.hit else megabytes(state.step.memory_bytes),
+            row["reason"],
+        )
         for row, state in zip(rows, states, strict=True)
     ]
-    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "REASON"), shown))
-    missing = sum(not state.hit for state in states)
-    click.echo(f"\n{missing} of {len(states)} steps to run, {len(states) - missing} in the store at {store.root}")
+    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "MEMORY", "REASON"), shown))
+    missing = [state for state in states if not state.hit]
+    click.echo(
+        f"\n{len(missing)} of {len(states)} steps to run, {len(states) - len(missing)} in the store at {store.root}"
+    )
+    if missing:
+        need = max(state.step.memory_bytes for state in missing)
+        click.echo(f"memory: up to {megabytes(need)} a step" + (f", of {megabytes(most)} here" if most else ""))
