@@ -77,7 +77,8 @@ def _canonical(value: Any) -> str:
         if not all(isinstance(name, str) for name in value):
             raise TypeError("a mapping in canonical JSON has text keys only")
         # Sorted by UTF-16 code units, which differs from Python's order above U+FFFF.
-        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        plain = all(map(str.isascii, value))
+        names = sorted(value) if plain else sorted(value, key=lambda name: name.encode("utf-16-be"))
         return "{" + ",".join(f"{encode_basestring(name)}:{_canonical(value[name])}" for name in names) + "}"
     raise TypeError(f"{type(value).__name__} has no canonical JSON")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.digest import sha256_of
-from pipeline.hardware import Hardware, facts
+from pipeline.hardware import Device, Hardware, facts
 from pipeline.plain import to_plain
+from pipeline.size import Size
 from pipeline.step import Stage, Step
 
 Versions = Callable[[str, str], str]
@@ -30,6 +32,8 @@ class PlannedStep:
     targets: tuple[str, ...]
     memory_bytes: int = 0
     """What its process will hold at most, by the stage's own estimate; 0: not known."""
+    device: Device | None = None
+    """The accelerator on which alone it can run."""
 
     @property
     def label(self) -> str:
@@ -57,9 +61,15 @@ class Plan:
         return tuple(step for step in self.steps if step.key in wanted)
 
 
-def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions) -> Plan:
-    """Give every step of every target its key, and share the steps whose keys are equal."""
-    merged: dict[str, PlannedStep] = {}
+def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versions, size: Size | None = None) -> Plan:
+    """Give every step of every target its key, and share the steps whose keys are equal.
+
+    `size` is that of the model: from it the stages say what memory they need.
+    """
+    versions = functools.cache(versions)  # reading a package's metadata takes a millisecond
+    salt = os.environ.get("ENGINEWRIGHT_SALT", "")
+    first: dict[str, tuple[Step, dict[str, Any], Hardware]] = {}
+    users: dict[str, list[str]] = {}
     names: dict[str, dict[str, str]] = {}
     for target, (steps, hardware) in targets.items():
         keys = names[target] = {}
@@ -72,13 +82,19 @@ def plan(targets: Mapping[str, tuple[Sequence[Step], Hardware]], versions: Versi
                 "needs": {role: keys[name] for role, name in step.needs.items()},
                 "tools": {tool: versions(tool, step.stage.toolchain) for tool in step.stage.tools},
                 "hardware": facts(hardware, step.stage.scope),
-                "salt": os.environ.get("ENGINEWRIGHT_SALT", ""),
+                "salt": salt,
             }
             key = keys[step.name] = f"{step.stage.name}-{sha256_of(text).removeprefix('sha256:')}"
-            known = merged.get(key)
-            merged[key] = (
-                replace(known, targets=(*known.targets, target))
-                if known
-                else PlannedStep(step.name, step.stage, step.options, text["needs"], key, text, (target,))
-            )
-    return Plan(tuple(merged.values()), names)
+            first.setdefault(key, (step, text, hardware))
+            users.setdefault(key, []).append(target)
+    planned = []
+    for key, (step, text, machine) in first.items():
+        common = (step.name, step.stage, step.options, text["needs"], key, text, tuple(users[key]))
+        memory = step.stage.memory(step.options, size) if size else 0
+        planned.append(PlannedStep(*common, memory_bytes=memory, device=_device(step, machine)))
+    return Plan(tuple(planned), names)
+
+
+def _device(step: Step, hardware: Hardware) -> Device | None:
+    """What a step whose result depends on the exact device has to run on."""
+    return hardware.devices[0] if step.stage.scope == "device" and hardware.devices else None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from pipeline.size import SMALL, Need
+
 O = TypeVar("O")  # noqa: E741  the options' type, as design.md names it
 Inputs = Mapping[str, Path]
 """An earlier step's role -> its directory, read-only."""
@@ -46,6 +48,8 @@ class Stage(Generic[O]):
     """Name of the interpreter that runs it."""
     deterministic: bool = True
     """Whether two runs write the same bytes. Said in the manifest."""
+    memory: Need = SMALL
+    """What the process will hold at most. Enough, and at most some 2.5 times what it holds: a test compares."""
     resumable: bool = False
     """`out` may hold what an earlier, cut off attempt at the same key left there: whole files, put in place by a
     rename, which the stage takes as done. It removes all else. See docs/decisions/resume.md."""

@@ -52,3 +52,4 @@ def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None
 
 WRITE = Stage("test.write", write)
 TOOLED = Stage("test.tooled", write, tools=("click",))
+ON_DEVICE = Stage("test.on_device", write, scope="device")

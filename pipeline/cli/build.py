@@ -48,6 +48,9 @@ FORMAT = click.Choice(["text", "json"])
 @click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
+@click.option(
+    "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
+)
 @click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
 @click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
@@ -66,6 +69,7 @@ def build(
     out: Path,
     copy: bool,
     jobs: int | None,
+    where: str,
     memory: str | None,
     form: str,
     events: str | None,
@@ -81,6 +85,8 @@ def build(
         if file and file != "-":
             preflight.report_file(Path(file), option)
     memory_bytes = size(memory) if memory else None
+    if where not in ("local", "ray") and not where.startswith("ray://"):
+        raise RecipeError(f"--on cannot be {where!r}", hint="write local, ray or ray://HOST:PORT")
     store = open_store(root)
     try:
         pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
@@ -94,16 +100,24 @@ def build(
             report(error)
             return 1
         raise
+    most = (memory_bytes or probe().memory_bytes) if where == "local" else 0  # a cluster says itself what it has
     if plan_only:
-        _show_plan(prepared, states, store, form)
+        _show_plan(prepared, states, store, most, form)
+        if misfit := preflight.too_large((state.step for state in states if not state.hit), most):
+            if not detailed_exitcode:
+                raise misfit
+            report(misfit)
+            return 1
         return 2 if detailed_exitcode and not all(state.hit for state in states) else 0
     costs: dict[str, Event] = {}
     with opened(events) as stream, store.using(prepared.plan.by_key()):
-        missing = [state.step.label for state in states if not state.hit]
+        missing = [state.step for state in states if not state.hit]
         if missing:
-            preflight.check(prepared, store, probe(), out)
+            preflight.check(prepared, missing, store, most, out)
         limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
-        results = _run(prepared, store, missing, costs, stream, limits, quiet or form == "json")
+        results = _run(
+            prepared, store, [step.label for step in missing], costs, stream, limits, where, quiet or form == "json"
+        )
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
@@ -144,6 +158,7 @@ def _run(
     costs: dict[str, Event],
     stream: IO[str] | None,
     limits: Budget,
+    where: str,
     quiet: bool,
 ) -> dict[str, Entry]:
     with listening(missing, stream, quiet=quiet) as show:
@@ -153,8 +168,13 @@ def _run(
                 costs[event["key"]] = event
             show(event)
 
+        chains = prepared.recipe.toolchains
         try:
-            return Runner(store, listen, prepared.recipe.toolchains, limits).run(prepared.plan)
+            if where == "local":
+                return Runner(store, listen, chains, limits).run(prepared.plan)
+            from pipeline.run.ray import RayRunner
+
+            return RayRunner(store, listen, chains, limits, where.removesuffix("ray")).run(prepared.plan)
         except (RecipeError, StageError) as error:
             # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
             sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}
@@ -221,7 +241,7 @@ def _host(hardware: Any) -> dict[str, Any]:
     return {"os": hardware.os, "arch": hardware.arch, "isa": list(hardware.isa), "cores": os.cpu_count()}
 
 
-def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, form: str) -> None:
+def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, most: int, form: str) -> None:
     rows = [
         {
             "step": state.step.label,
@@ -231,18 +251,32 @@ def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, form:
             "state": "hit" if state.hit else "miss",
             "reason": state.reason,
             "size_bytes": state.size_bytes,
+            "memory_need_bytes": state.step.memory_bytes,
             "toolchain": state.step.stage.toolchain,
             "scope": state.step.stage.scope,
         }
         for state in states
     ]
     if form == "json":
-        click.echo(json.dumps({"recipe": prepared.recipe.name, "store": str(store.root), "steps": rows}, indent=2))
+        document = {"recipe": prepared.recipe.name, "store": str(store.root), "memory_bytes": most, "steps": rows}
+        click.echo(json.dumps(document, indent=2))
         return
     shown = [
-        (row["step"], row["stage"], row["state"], megabytes(state.size_bytes) if state.hit else "", row["reason"])
+        (
+            row["step"],
+            row["stage"],
+            row["state"],
+            megabytes(state.size_bytes) if state.hit else "",
+            "" if state.hit else megabytes(state.step.memory_bytes),
+            row["reason"],
+        )
         for row, state in zip(rows, states, strict=True)
     ]
-    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "REASON"), shown))
-    missing = sum(not state.hit for state in states)
-    click.echo(f"\n{missing} of {len(states)} steps to run, {len(states) - missing} in the store at {store.root}")
+    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "MEMORY", "REASON"), shown))
+    missing = [state for state in states if not state.hit]
+    click.echo(
+        f"\n{len(missing)} of {len(states)} steps to run, {len(states) - len(missing)} in the store at {store.root}"
+    )
+    if missing:
+        need = max(state.step.memory_bytes for state in missing)
+        click.echo(f"memory: up to {megabytes(need)} a step" + (f", of {megabytes(most)} here" if most else ""))

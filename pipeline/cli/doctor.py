@@ -118,14 +118,13 @@ def _recipe(path: Path, store: Store, host: hardware.Hardware) -> tuple[dict[str
         prepared = prepare(path, store)
     except EnginewrightError as error:
         return {"path": str(path), "ok": False, "reason": str(error)}, [error.message]
-    disk, memory = preflight.need(prepared)
-    problems = [error.message for error in preflight.problems(prepared, store, host)]
+    problems = [error.message for error in preflight.problems(prepared, prepared.plan.steps, store, host.memory_bytes)]
     report = {
         "path": str(path),
         "ok": not problems,
         "reason": "; ".join(problems) or "fits on this host",
-        "disk_need_bytes": disk,
-        "memory_need_bytes": memory,
+        "disk_need_bytes": preflight.disk(prepared),
+        "memory_need_bytes": max(step.memory_bytes for step in prepared.plan.steps),
         "targets": list(prepared.recipe.targets),
         "steps": len(prepared.plan.steps),
         "notes": list(_notes(prepared)),

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.artifact.package import check_replaceable
 from pipeline.cli.console import megabytes
 from pipeline.cli.prepare import Prepared
 from pipeline.errors import EnginewrightError, RecipeError, StageError, UnavailableError
-from pipeline.hardware import Hardware
+from pipeline.plan import PlannedStep
 from pipeline.store import Store
 
-TORCH_BYTES = 400_000_000
-"""What a process with torch and transformers holds before it has loaded a weight (measured: 390 MB)."""
-REFERENCE_COPIES = 1.6
-"""Peak memory of the fp32 reference in torch, as a multiple of the fp32 weights."""
 SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.28, "fp8": 0.28, "int4": 0.17}
 SHARES |= {"F32": 1.0, "F16": 0.5, "BF16": 0.5, "Q8_0": 0.27, "Q6_K": 0.21, "Q5_K_M": 0.18, "Q5_K_S": 0.18}
 SHARES |= dict.fromkeys(("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "IQ4_NL", "MXFP4"), 0.16)
@@ -25,8 +21,8 @@ SHARES |= dict.fromkeys(("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"), 0.13)
 """Size of an engine as a share of the fp32 weights, scales included; then in llama.cpp's types."""
 
 
-def need(prepared: Prepared) -> tuple[int, int]:
-    """Rough need of disk and memory, bytes: the checkpoint, every engine, and the fp32 reference in memory."""
+def disk(prepared: Prepared) -> int:
+    """Rough need of disk, bytes: the checkpoint, and every engine."""
     weights = sum(file.size for file in prepared.job.sources.model.files)
     config = prepared.job.config
     stored = 2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4
@@ -36,7 +32,20 @@ def need(prepared: Prepared) -> tuple[int, int]:
     # A quantized engine is held against an unquantized one first.
     shares += any(precision in ("int8", "int4") for precision in precisions) and "fp32" not in precisions
     shares += any(target.runtime == "gguf" for target in prepared.recipe.targets.values()) and "F32" not in precisions
-    return weights + int(fp32 * shares), TORCH_BYTES + int(fp32 * REFERENCE_COPIES)
+    return weights + int(fp32 * shares)
+
+
+def too_large(steps: Iterable[PlannedStep], limit_bytes: int) -> UnavailableError | None:
+    """The error for the step that needs more memory than there is; 0 bytes: nobody knows."""
+    step = max(steps, key=lambda step: step.memory_bytes, default=None)
+    if step is None or not limit_bytes or step.memory_bytes <= limit_bytes:
+        return None
+    return UnavailableError(
+        f"this host has {megabytes(limit_bytes)} of memory, and the step {step.label} needs about "
+        f"{megabytes(step.memory_bytes)}",
+        hint="build on a machine with more memory: the result is the same. If you know better, "
+        f"say `--memory {-(-step.memory_bytes // 10**9)}GB`",
+    )
 
 
 def free(path: Path) -> int:
@@ -60,26 +69,24 @@ def _obstacle(folder: Path) -> str:
     return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
 
 
-def problems(prepared: Prepared, store: Store, host: Hardware) -> Iterator[EnginewrightError]:
-    """What does not fit."""
-    disk, memory = need(prepared)
-    if free(store.root) < disk:
+def problems(
+    prepared: Prepared, steps: Iterable[PlannedStep], store: Store, memory_bytes: int
+) -> Iterator[EnginewrightError]:
+    """What of the steps that will run does not fit on the disk, or in so much memory (0: not asked)."""
+    needed = disk(prepared)
+    if free(store.root) < needed:
         yield StageError(
             f"no space: {megabytes(free(store.root))} free on the disk of {store.root}, "
-            f"the build needs about {megabytes(disk)}",
+            f"the build needs about {megabytes(needed)}",
             hint="free some space (`enginewright cache gc`), or give another place with --cache DIR",
         )
-    if host.memory_bytes and host.memory_bytes < memory:
-        yield UnavailableError(
-            f"this host has {megabytes(host.memory_bytes)} of memory, "
-            f"the fp32 reference of this model needs about {megabytes(memory)}",
-            hint="build on a machine with more memory; the result is the same",
-        )
+    if error := too_large(steps, memory_bytes):
+        yield error
 
 
-def check(prepared: Prepared, store: Store, host: Hardware, out: Path) -> None:
+def check(prepared: Prepared, steps: Iterable[PlannedStep], store: Store, memory_bytes: int, out: Path) -> None:
     """Raise the first of `problems`, or what forbids to publish in `out`."""
-    for problem in problems(prepared, store, host):
+    for problem in problems(prepared, steps, store, memory_bytes):
         raise problem
     for target in prepared.plan.targets:
         place = out / prepared.recipe.name / target

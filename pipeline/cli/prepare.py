@@ -17,6 +17,7 @@ from pipeline.pin import pin
 from pipeline.plan import Plan, plan
 from pipeline.recipe import Recipe
 from pipeline.run import toolchain
+from pipeline.size import size_of
 from pipeline.stages.tasks import kind_of, task_of
 from pipeline.store import Store
 from pipeline.targets import Job, Kind
@@ -98,4 +99,5 @@ def prepare(
             hint = f"pip install 'enginewright[{','.join(extras)}]'" if chain == "default" else ""
             raise UnavailableError(error.message, hint=error.hint or hint) from None
 
-    return Prepared(path, job, plan(steps, versions), hardware)
+    weights = sum(file.size for file in sources.model.files if file.path.endswith(".safetensors"))
+    return Prepared(path, job, plan(steps, versions, size_of(weights, sources.config)), hardware)

@@ -55,7 +55,7 @@ class Children:
         self.logs.mkdir(exist_ok=True)
         log, kept, live = self.logs / f"{step.key}.log", self.logs / f"{step.key}.job.json", out.parent / "job.json"
         job = {
-            "stage": _reference(step.stage),
+            "stage": reference(step.stage),
             "options_type": f"{type(step.options).__module__}:{type(step.options).__qualname__}",
             "options": to_plain(step.options),
             "inputs": {role: str(path) for role, path in inputs.items()},
@@ -156,7 +156,7 @@ def _listen(messages: int, progress: Callable[[list[Any]], None]) -> dict[str, A
     return error
 
 
-def _reference(stage: Stage[Any]) -> str:
+def reference(stage: Stage[Any]) -> str:
     """`module:CONSTANT` under which a child process finds the stage."""
     module = stage.run.__module__
     for name, value in vars(sys.modules[module]).items():
