@@ -100,4 +100,7 @@ def prepare(
             raise UnavailableError(error.message, hint=error.hint or hint) from None
 
     weights = sum(file.size for file in sources.model.files if file.path.endswith(".safetensors"))
-    return Prepared(path, job, plan(steps, versions, size_of(weights, sources.config)), hardware)
+    size = size_of(weights, sources.config)
+    if job.kind == "encoder" and task != "fill-mask":
+        size = replace(size, vocab=0)  # it answers with no row of the vocabulary
+    return Prepared(path, job, plan(steps, versions, size), hardware)
