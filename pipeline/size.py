@@ -10,6 +10,11 @@ FP32 = 4
 STORED = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 """Bytes of a value, by the word that config.json has for its type."""
 
+SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "fp8": 0.4, "int8": 0.4, "int4": 0.28}
+"""Most that the weights of an engine take of the fp32 weights: embeddings may stay as they are."""
+ONE_FILE = 128 << 20
+"""Bytes up to which an ONNX file holds its weights."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -52,16 +57,26 @@ def size_of(stored_bytes: int, config: Mapping[str, Any]) -> Size:
 def holding(base_mb: int, *, weights: float = 0, largest: float = 0, layer: float = 0, logits: float = 0) -> Need:
     """A need of a constant, and of multiples of the parts of a checkpoint.
 
-    `logits` counts times the logits of one sample, by the option `length` of the stage (256 without one).
+    `weights` counts by the option `share` of the stage, if it has one: what it loads may be smaller than fp32. `logits`
+    counts times the logits of one sample, by the option `length` (256 without one).
     """
 
     def need(options: Any, size: Size) -> int:
         rows = int(getattr(options, "length", 0) or 256)
-        parts = weights * size.weights + largest * size.largest + layer * size.layer + logits * rows * size.vocab
-        return base_mb * 1_000_000 + int(parts)
+        held = weights * size.weights * float(getattr(options, "share", 1))
+        return base_mb * 1_000_000 + int(
+            held + largest * size.largest + layer * size.layer + logits * rows * size.vocab
+        )
 
     return need
 
 
-SMALL = holding(150)
+def placing(options: Any, size: Size) -> int:
+    """The need of a stage that writes an ONNX file: streamed, or built in memory where one file holds the weights."""
+    made = int(size.weights * SHARES.get(str(getattr(options, "precision", "fp16")), 0.5))
+    streamed = 110_000_000 + int(0.6 * size.largest)
+    return streamed if made > ONE_FILE else max(streamed, 72_000_000 + int(6.5 * made))
+
+
+SMALL = holding(72)
 """A process that loads no framework and holds no tensor."""

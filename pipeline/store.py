@@ -247,7 +247,11 @@ class Store:
         return keys
 
     def _write(self, path: Path, value: Any) -> None:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        # Always in `scratch`: who is killed here leaves it where `cache gc` looks, and never within a result.
+        scratch, unique = self.root / "scratch", uuid.uuid4().hex[:8]
+        scratch.mkdir(exist_ok=True)
+        within = path.is_relative_to(scratch)
+        temporary = path.with_name(f".{path.name}.{unique}") if within else scratch / f"{path.parent.name}.{unique}"
         with temporary.open("w", encoding="utf-8") as handle:
             json.dump(value, handle, indent=1, sort_keys=True, ensure_ascii=False)
             handle.flush()

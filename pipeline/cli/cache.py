@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -119,9 +120,29 @@ def leftovers(store: Store) -> list[tuple[str, int]]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            removed.append((path.name, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())))
-            shutil.rmtree(path, ignore_errors=True)
+            files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+            removed.append((path.name, sum(file.stat().st_size for file in files)))
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    for folder in (store.root, store.root / "sources"):  # `.name.<process id>`, of processes that are no more
+        for path in folder.glob(".*.*"):
+            owner = path.name.rpartition(".")[2]
+            if owner.isdigit() and not _alive(int(owner)):
+                removed.append((path.name, path.stat().st_size))
+                path.unlink(missing_ok=True)
     return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 @cache.command()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 Label = Literal[
@@ -160,8 +161,12 @@ def _elements(out: Any) -> int:
     return count
 
 
-STAGE = Stage("gguf.build", run, version=1, tools=("gguf", "numpy", "tokenizers"))
-STAGE_XLLAMACPP = Stage("gguf.build", run, version=1, tools=(*STAGE.tools, "xllamacpp"))
-STAGE_LLAMA_CPP = Stage("gguf.build", run, version=1, tools=(*STAGE.tools, "llama_cpp_python"))
+STAGE = Stage("gguf.build", run, version=1, tools=("gguf", "numpy", "tokenizers"), memory=holding(130, largest=0.25))
+STAGE_XLLAMACPP = Stage(
+    "gguf.build", run, version=1, tools=(*STAGE.tools, "xllamacpp"), memory=holding(130, largest=0.25)
+)
+STAGE_LLAMA_CPP = Stage(
+    "gguf.build", run, version=1, tools=(*STAGE.tools, "llama_cpp_python"), memory=holding(130, largest=0.25)
+)
 NATIVE = {"xllamacpp": STAGE_XLLAMACPP, "llama_cpp_python": STAGE_LLAMA_CPP}
 """With llama.cpp's kernels: the distribution that brings them, whose version enters the key."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 if TYPE_CHECKING:
@@ -86,5 +87,10 @@ def read_importance(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 STAGE = Stage(
-    "gguf.importance", run, version=1, tools=("torch", "transformers", "tokenizers", "gguf", "numpy"), scope="isa"
+    "gguf.importance",
+    run,
+    version=1,
+    tools=("torch", "transformers", "tokenizers", "gguf", "numpy"),
+    scope="isa",
+    memory=holding(450, weights=1.7, logits=3),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 Tensor = Any
@@ -125,4 +126,4 @@ def reproducible() -> Iterator[None]:
 
 
 TOOLS = ("torch", "transformers", "tokenizers", "numpy")
-STAGE = Stage("llm.observe", run, tools=TOOLS, scope="isa", resumable=True)
+STAGE = Stage("llm.observe", run, tools=TOOLS, scope="isa", resumable=True, memory=holding(520, layer=3))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages.llm_observe import TOOLS, calibration_ids, reproducible
 from pipeline.stages.llm_scheme import Scheme
 from pipeline.step import Inputs, Progress, Stage
@@ -281,4 +282,6 @@ def _config(config: dict[str, Any], scheme: Scheme, family: Family) -> dict[str,
     return told if quantization is None else {**told, "quantization_config": quantization}
 
 
-STAGE = Stage("llm.quantize", run, version=2, tools=TOOLS, scope="isa", resumable=True)
+STAGE = Stage(
+    "llm.quantize", run, version=2, tools=TOOLS, scope="isa", resumable=True, memory=holding(300, largest=1.5, layer=3)
+)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engine import Engine
 from pipeline.errors import StageError, UnavailableError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 if TYPE_CHECKING:  # planning imports this module, and these import numpy
@@ -31,6 +32,7 @@ class MeasureOptions:
     """`module:function`: (folder) or (folder, settings) -> Engine."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the opener gets beside the folder, when there is something."""
+    share: float = option(1.0, "Of the fp32 weights that the engine holds when it is open: for planning.", key=False)
     batch: int = option(4, "How many samples of unequal length run together in the check of padding.", ge=2)
 
 
@@ -117,5 +119,5 @@ def _with_text(worst: Mapping[str, dict[str, Any]], folder: Path) -> list[tuple[
     ]
 
 
-STAGE = Stage("parity", run, version=1, tools=("numpy",), scope="device")
+STAGE = Stage("parity", run, version=1, tools=("numpy",), scope="device", memory=holding(300, weights=1.5, logits=3))
 """A target replaces `tools` by its runtime's distributions (`dataclasses.replace`): a new runtime is a new proof."""

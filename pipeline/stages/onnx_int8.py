@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.hardware import Hardware
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 if TYPE_CHECKING:
@@ -84,4 +85,10 @@ def run(inputs: Inputs, options: Int8Options, out: Path, progress: Progress) -> 
         onnx_weights.run(inputs, onnx_weights.WeightOptions(precision=options.precision), out, progress)
 
 
-STAGE = Stage("onnxruntime.encoder", run, version=1, tools=("numpy", "onnx", "onnxruntime", "tokenizers"))
+STAGE = Stage(
+    "onnxruntime.encoder",
+    run,
+    version=1,
+    tools=("numpy", "onnx", "onnxruntime", "tokenizers"),
+    memory=holding(120, weights=3.5),
+)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import StageError, UnavailableError
 from pipeline.recipe import Task, option
+from pipeline.size import holding
 from pipeline.stages.onnx_torch import interface_of, special_tokens
 from pipeline.stages.tasks import infer_task, kind_of, load_model, read_config
 from pipeline.step import Inputs, Progress, Stage
@@ -210,4 +211,4 @@ def _cache_shape(graph: Any, model_type: str) -> tuple[int, int, int]:
 
 TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "accelerate", "onnx", "onnx-ir")
 """accelerate finds tied weights, which are written once."""
-STAGE = Stage("onnx.optimum", run, version=1, tools=TOOLS, toolchain="optimum")
+STAGE = Stage("onnx.optimum", run, version=1, tools=TOOLS, toolchain="optimum", memory=holding(700, weights=3))

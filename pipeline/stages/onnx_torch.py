@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import Task, option
+from pipeline.size import holding
 from pipeline.stages.tasks import infer_task, kind_of, load_model, paused_collector, read_config
 from pipeline.step import Inputs, Progress, Stage
 
@@ -166,4 +167,10 @@ def _port(value: Any) -> dict[str, Any]:
 
 _EXPORTERS = {"encoder": _encoder, "decoder": _decoder, "seq2seq": _seq2seq}
 
-STAGE = Stage("onnx.torch", run, version=1, tools=("torch", "transformers", "onnx", "onnx-ir", "onnxscript"))
+STAGE = Stage(
+    "onnx.torch",
+    run,
+    version=1,
+    tools=("torch", "transformers", "onnx", "onnx-ir", "onnxscript"),
+    memory=holding(560, weights=1.7),
+)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import hardware
 from pipeline.errors import StageError
+from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings, properties
 from pipeline.step import Inputs, Progress, Stage
 
@@ -161,4 +162,4 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-STAGE = Stage("openvino.compile", run, version=1, tools=("openvino",), scope="isa")
+STAGE = Stage("openvino.compile", run, version=1, tools=("openvino",), scope="isa", memory=holding(320, weights=0.5))

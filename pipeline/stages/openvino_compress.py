@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
 from pipeline.stages.openvino_weights import Compression
 from pipeline.step import Inputs, Progress, Stage
@@ -87,5 +88,12 @@ def _mode(options: CompressOptions) -> Any:
     return nncf().CompressWeightsMode("int4_sym" if options.compression.symmetric else "int4_asym")
 
 
-STAGE = Stage("openvino.compress", run, version=1, tools=("numpy", "openvino", "nncf"), scope="isa")
+STAGE = Stage(
+    "openvino.compress",
+    run,
+    version=1,
+    tools=("numpy", "openvino", "nncf"),
+    scope="isa",
+    memory=holding(700, weights=3),
+)
 """NNCF runs the model where a method asks for activations: their last digits depend on the CPU."""

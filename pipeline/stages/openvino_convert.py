@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
 from pipeline.step import Inputs, Progress, Stage
 
@@ -65,4 +66,4 @@ def _read(file: Path) -> Any:
         ) from error
 
 
-STAGE = Stage("openvino.convert", run, version=1, tools=("openvino",))
+STAGE = Stage("openvino.convert", run, version=1, tools=("openvino",), memory=holding(200, weights=1.5))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
 from pipeline.step import Inputs, Progress, Stage
 
@@ -126,5 +127,7 @@ def _controlled(
     )
 
 
-STAGE = Stage("openvino.ptq", run, version=1, tools=("numpy", "openvino", "nncf"), scope="isa")
+STAGE = Stage(
+    "openvino.ptq", run, version=1, tools=("numpy", "openvino", "nncf"), scope="isa", memory=holding(500, weights=2.5)
+)
 """NNCF runs the model to observe its activations: their last digits depend on the CPU."""

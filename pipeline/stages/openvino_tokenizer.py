@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UnavailableError
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 _HINT = "the engine then runs here and in OpenVINO, but not in LLMPipeline: set `tokenizer: false`"
@@ -39,5 +40,9 @@ def run(inputs: Inputs, options: TokenizerOptions, out: Path, progress: Progress
 
 
 STAGE = Stage(
-    "openvino.tokenizer", run, version=1, tools=("openvino", "openvino-tokenizers", "transformers", "tokenizers")
+    "openvino.tokenizer",
+    run,
+    version=1,
+    tools=("openvino", "openvino-tokenizers", "transformers", "tokenizers"),
+    memory=holding(500),
 )

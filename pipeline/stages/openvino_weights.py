@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
 from pipeline.step import Inputs, Progress, Stage
 
@@ -165,4 +166,4 @@ def _export(decoder: Any, model: Path, context_length: int | None) -> dict[str, 
     }
 
 
-STAGE = Stage("openvino.decoder", run, version=1, tools=("numpy", "openvino"))
+STAGE = Stage("openvino.decoder", run, version=1, tools=("numpy", "openvino"), memory=holding(130, largest=0.6))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.recipe import Task, option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 
@@ -40,4 +41,6 @@ def run(inputs: Inputs, options: PruneOptions, out: Path, progress: Progress) ->
     prune(inputs, options, out, progress)
 
 
-STAGE = Stage("prune", run, version=1, tools=("torch", "transformers", "numpy"))
+STAGE = Stage(
+    "prune", run, version=1, tools=("torch", "transformers", "numpy"), memory=holding(450, largest=1.5, layer=3)
+)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.recipe import Task, option
+from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 
@@ -36,4 +37,11 @@ def run(inputs: Inputs, options: ReferenceOptions, out: Path, progress: Progress
     reference_run.run(inputs, options, out, progress)
 
 
-STAGE = Stage("reference", run, version=1, tools=("torch", "transformers", "tokenizers", "numpy"), scope="isa")
+STAGE = Stage(
+    "reference",
+    run,
+    version=1,
+    tools=("torch", "transformers", "tokenizers", "numpy"),
+    scope="isa",
+    memory=holding(450, weights=1.7, logits=3),
+)

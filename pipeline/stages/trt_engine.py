@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages import trt_api, trt_triton
 from pipeline.stages.trt_alone import build_alone
 from pipeline.stages.trt_build import Build, Profile, build, write_network
@@ -176,9 +177,10 @@ STAGE_RTX = Stage(
     version=1,
     tools=("onnx", *flavour("tensorrt-rtx").distributions),
     deterministic=False,  # equal only where the system lets trt_alone.py settle
+    memory=holding(350, weights=1.8),
 )
 STAGE = Stage(
     "tensorrt.engine", run, version=1, tools=("onnx", *flavour("tensorrt").distributions), scope="device",
-    deterministic=False,
+    deterministic=False, memory=holding(350, weights=1.8),
 )  # fmt: skip
 """What the builder times on a GPU decides which kernels it takes: two builds may differ."""

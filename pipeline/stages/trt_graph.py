@@ -13,6 +13,7 @@ from typing import Literal
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import option
+from pipeline.size import placing
 from pipeline.step import Inputs, Progress, Stage
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
@@ -75,4 +76,6 @@ def run(inputs: Inputs, options: GraphOptions, out: Path, progress: Progress) ->
     write_engine(out, export, precision=options.precision, quantization=quantization, settings={}, runtime="tensorrt")
 
 
-STAGE = Stage("tensorrt.graph", run, version=1, tools=("numpy", "onnx", "onnxruntime", "ml_dtypes", "tokenizers"))
+STAGE = Stage(
+    "tensorrt.graph", run, version=1, tools=("numpy", "onnx", "onnxruntime", "ml_dtypes", "tokenizers"), memory=placing
+)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UnavailableError
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages import trt_api
 from pipeline.stages.trt_flavours import flavour
 from pipeline.step import Inputs, Progress, Stage
@@ -189,5 +190,13 @@ def _operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load_model(path, load_external_data=False).graph.node]
 
 
-STAGE_RTX = Stage("tensorrt-rtx.preflight", run, version=1, tools=("onnx", *flavour("tensorrt-rtx").distributions))
-STAGE = Stage("tensorrt.preflight", run, version=1, tools=("onnx", *flavour("tensorrt").distributions))
+STAGE_RTX = Stage(
+    "tensorrt-rtx.preflight",
+    run,
+    version=1,
+    tools=("onnx", *flavour("tensorrt-rtx").distributions),
+    memory=holding(220),
+)
+STAGE = Stage(
+    "tensorrt.preflight", run, version=1, tools=("onnx", *flavour("tensorrt").distributions), memory=holding(220)
+)

@@ -38,10 +38,16 @@ def reference_steps(job: Job) -> tuple[Step, ...]:
     return (*data, Step("reference", reference.STAGE, options, needs))
 
 
-def parity_step(stage: Stage[Any], opener: str, settings: Mapping[str, Any], *, engine: str = "engine") -> Step:
-    """`parity`, or `parity.<engine>`: an engine held against the reference."""
+LOADED = {"int8": 0.6, "int4": 0.4}
+"""Share of the fp32 weights that an open engine holds, scales, repacked copies and whole embeddings included."""
+
+
+def parity_step(
+    stage: Stage[Any], opener: str, settings: Mapping[str, Any], *, engine: str = "engine", precision: str = ""
+) -> Step:
+    """`parity`, or `parity.<engine>`: an engine held against the reference. `precision` says what memory it takes."""
     name = "parity" if engine == "engine" else f"parity.{engine}"
-    options = measure.MeasureOptions(opener=opener, settings=dict(settings))
+    options = measure.MeasureOptions(opener=opener, settings=dict(settings), share=LOADED.get(precision, 1.0))
     return Step(name, stage, options, {"engine": engine, "reference": "reference"})
 
 

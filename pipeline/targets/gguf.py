@@ -15,6 +15,7 @@ from pipeline.engine import Engine
 from pipeline.errors import EnginewrightError, RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict, probe
 from pipeline.recipe import TargetOptions, option
+from pipeline.size import holding
 from pipeline.stages import gguf_build, gguf_imatrix, gguf_native, measure
 from pipeline.stages.gguf_build import KV, BuildOptions, Label, Layout
 from pipeline.step import Inputs, Progress, Stage, Step
@@ -93,10 +94,34 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     write_json(out / "report.json", report)
 
 
-PARITY = Stage("gguf.parity", measure_engine, tools=("xllamacpp", "tokenizers"), scope="isa")
-PARITY_GPU = Stage("gguf.parity", measure_engine, tools=("xllamacpp", "tokenizers"), scope="device")
-PARITY_OTHER = Stage("gguf.parity", measure_engine, tools=("llama_cpp_python", "tokenizers"), scope="isa")
-PARITY_OTHER_GPU = Stage("gguf.parity", measure_engine, tools=("llama_cpp_python", "tokenizers"), scope="device")
+PARITY = Stage(
+    "gguf.parity",
+    measure_engine,
+    tools=("xllamacpp", "tokenizers"),
+    scope="isa",
+    memory=holding(150, weights=1.1, logits=3),
+)
+PARITY_GPU = Stage(
+    "gguf.parity",
+    measure_engine,
+    tools=("xllamacpp", "tokenizers"),
+    scope="device",
+    memory=holding(150, weights=1.1, logits=3),
+)
+PARITY_OTHER = Stage(
+    "gguf.parity",
+    measure_engine,
+    tools=("llama_cpp_python", "tokenizers"),
+    scope="isa",
+    memory=holding(150, weights=1.1, logits=3),
+)
+PARITY_OTHER_GPU = Stage(
+    "gguf.parity",
+    measure_engine,
+    tools=("llama_cpp_python", "tokenizers"),
+    scope="device",
+    memory=holding(150, weights=1.1, logits=3),
+)
 PARITIES = {"xllamacpp": (PARITY, PARITY_GPU), "llama_cpp_python": (PARITY_OTHER, PARITY_OTHER_GPU)}
 """Distribution that brings llama.cpp -> the stage on the CPU, and the one with a GPU."""
 
@@ -126,7 +151,13 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     if options.gpu_layers and not probe().devices:
         return (*common, *structure, *engine, golden_step(job))
     stage = parity_gpu if options.gpu_layers else parity
-    return (*common, *structure, *engine, parity_step(stage, OPENER, {"threads": options.threads}), golden_step(job))
+    return (
+        *common,
+        *structure,
+        *engine,
+        parity_step(stage, OPENER, {"threads": options.threads}, precision=_class(options.precision)),
+        golden_step(job),
+    )
 
 
 def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
@@ -212,6 +243,11 @@ def _engine(job: Job, options: Options, told: BuildOptions) -> tuple[Step, ...]:
         measured,
         Step("engine", stage, told, {**needs, "importance": "importance"}),
     )
+
+
+def _class(precision: str) -> str:
+    """What a type of llama.cpp is about as large as."""
+    return "fp16" if precision in ("F32", "F16", "BF16") else "int8" if precision in ("Q8_0", "Q6_K") else "int4"
 
 
 def facts(engine: Mapping[str, Any], options: Options, hardware: Hardware) -> Facts:

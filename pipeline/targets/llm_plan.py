@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, option
+from pipeline.size import holding
 from pipeline.stages import llm_folder, llm_observe, llm_quantize, measure
 from pipeline.stages.llm_family import Family, read_family, table
 from pipeline.stages.llm_scheme import Layout, Quantize, Scheme, check
@@ -216,7 +217,13 @@ def measure_checkpoint(inputs: Inputs, options: measure.MeasureOptions, out: Any
     measure.run(inputs, options, out, progress)
 
 
-CHECKPOINT = Stage("llm.parity", measure_checkpoint, tools=("torch", "transformers", "numpy"), scope="isa")
+CHECKPOINT = Stage(
+    "llm.parity",
+    measure_checkpoint,
+    tools=("torch", "transformers", "numpy"),
+    scope="isa",
+    memory=holding(520, weights=1.7, logits=3),
+)
 
 
 def judged_checkpoint(rule: str) -> Step:

@@ -14,6 +14,7 @@ from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import TargetOptions, Task, option
+from pipeline.size import holding
 from pipeline.stages import measure, onnx_fused, onnx_int8, onnx_optimum, onnx_torch, onnx_weights
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
@@ -57,8 +58,16 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     measure.run(inputs, options, out, progress)
 
 
-PARITY = Stage("onnxruntime.parity", measure_engine, tools=("onnxruntime",), scope="isa")
-PARITY_CUDA = Stage("onnxruntime.parity", measure_engine, tools=("onnxruntime-gpu",), scope="device")
+PARITY = Stage(
+    "onnxruntime.parity", measure_engine, tools=("onnxruntime",), scope="isa", memory=holding(200, weights=1, logits=3)
+)
+PARITY_CUDA = Stage(
+    "onnxruntime.parity",
+    measure_engine,
+    tools=("onnxruntime-gpu",),
+    scope="device",
+    memory=holding(200, weights=1, logits=3),
+)
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
@@ -77,7 +86,13 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     if options.precision in ("int8", "int4") and not gpu:
         plain = _weights("unquantized", options, precision="fp32")
         unquantized = (plain, parity_step(stage, OPENER, settings, engine="unquantized"))
-    return (*common, *unquantized, *engine, parity_step(stage, OPENER, settings), golden_step(job))
+    return (
+        *common,
+        *unquantized,
+        *engine,
+        parity_step(stage, OPENER, settings, precision=options.precision),
+        golden_step(job),
+    )
 
 
 def _engine(job: Job, options: Options, hardware: Hardware) -> tuple[Step, ...]:

@@ -15,6 +15,7 @@ from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import Data, TargetOptions, Task, option
+from pipeline.size import holding
 from pipeline.stages import (
     measure,
     onnx_torch,
@@ -86,7 +87,13 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     measure.run(inputs, options, out, progress)
 
 
-PARITY = Stage("openvino.parity", measure_engine, tools=("numpy", "openvino"), scope="isa")
+PARITY = Stage(
+    "openvino.parity",
+    measure_engine,
+    tools=("numpy", "openvino"),
+    scope="isa",
+    memory=holding(250, weights=2.5, logits=3),
+)
 
 
 def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[Step, ...]:
@@ -116,9 +123,9 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     executed = {key: getattr(settings, key) for key in PLAIN}
     ends: tuple[Step, ...] = ()
     if executed != dict(PLAIN):
-        ends += (replace(parity_step(PARITY, OPENER, plain), name="parity.f32"),)
+        ends += (replace(parity_step(PARITY, OPENER, plain, precision=options.precision), name="parity.f32"),)
     if runs_here:
-        ends += (parity_step(PARITY, OPENER, {}),)
+        ends += (parity_step(PARITY, OPENER, {}, precision=options.precision),)
     return (*common, *judged, *made, *compiled, *ends, golden_step(job))
 
 

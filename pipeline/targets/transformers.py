@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipeline.engine import Engine
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages import llm_folder, measure
 from pipeline.stages.llm_scheme import TORCH_NAMES
 from pipeline.step import Inputs, Progress, Stage, Step
@@ -45,10 +46,14 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     measure.run(inputs, options, out, progress)
 
 
-STAGE = Stage("transformers.engine", assemble, tools=("numpy",))
+STAGE = Stage("transformers.engine", assemble, tools=("numpy",), memory=holding(190))
 TOOLS = ("torch", "transformers", "compressed-tensors", "accelerate", "numpy")
-PARITY = Stage("transformers.parity", measure_engine, tools=TOOLS, scope="isa")
-PARITY_CUDA = Stage("transformers.parity", measure_engine, tools=TOOLS, scope="device")
+PARITY = Stage(
+    "transformers.parity", measure_engine, tools=TOOLS, scope="isa", memory=holding(520, weights=1.7, logits=3)
+)
+PARITY_CUDA = Stage(
+    "transformers.parity", measure_engine, tools=TOOLS, scope="device", memory=holding(520, weights=1.7, logits=3)
+)
 
 
 def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:

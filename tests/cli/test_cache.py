@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,3 +67,24 @@ def test_what_is_neither_is_refused() -> None:
         size("20 GBytes")
     with pytest.raises(RecipeError, match="not a duration"):
         duration("30")
+
+
+def test_a_builder_killed_while_it_rewrites_an_entry_leaves_nothing_within_the_result(store: Store) -> None:
+    """An entry is rewritten when a file's times have changed: the half-written text lies where `gc` looks."""
+    touched = store.path(KEYS[0]) / "out/sub/file"
+    os.utime(touched, (1, 1))
+    code = (
+        "import os, pathlib, signal\n"
+        "from pipeline.store import Store\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Store(pathlib.Path({str(store.root)!r})).get({KEYS[0]!r})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not list((store.root / "results").rglob(".*"))
+    assert len(list((store.root / "scratch").iterdir())) == 1
+    (store.root / f".digests.{2**22 + 1}").write_text("")  # no process has such a number
+    (store.root / f".digests.{os.getpid()}").write_text("")
+    assert len(leftovers(store)) == 2
+    assert not list((store.root / "scratch").iterdir())
+    assert [path.name for path in store.root.glob(".*")] == [f".digests.{os.getpid()}"]
+    assert store.get(KEYS[0]) is not None
