@@ -29,9 +29,10 @@ class Subject:
 
         started = time.perf_counter()
         told = json.loads((folder / "engine.json").read_text("utf-8"))
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        machine = hardware.probe()
-        self.engine = targets.load(manifest["runtime"]["engine"]).open(folder, machine)
+        manifest = folder / "manifest.json"
+        about = json.loads(manifest.read_text("utf-8")) if manifest.is_file() else {}
+        runtime = about["runtime"]["engine"] if about else told["runtime"]  # of an artifact, or of an engine in a store
+        self.engine = targets.load(runtime).open(folder, hardware.probe())
         self.kind = told["kind"]
         self.vocab_size = int((told.get("decoder") or {}).get("vocab_size") or _vocabulary(folder))
         self.case({"batch": 1, "prompt": 4, "new": 1, "seed": 0})  # some runtimes compile at the first pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ from pipeline import __version__
 from pipeline.artifact import attest, facts
 from pipeline.artifact.manifest import ManifestFacts
 from pipeline.artifact.package import Assembled, assemble, check_replaceable
-from pipeline.cli import outcome, preflight
+from pipeline.cli import best_of, outcome, preflight
 from pipeline.cli.cache import size
 from pipeline.cli.console import listening, megabytes, opened, table
 from pipeline.cli.errors import report
@@ -52,6 +53,7 @@ FORMAT = click.Choice(["text", "json"])
     "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
 )
 @click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
+@click.option("--best-of", "choosing", is_flag=True, help="Keep the fastest passing target of each hardware alone.")
 @click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
 @click.option("--junit", type=FOLDER, help="Write the gates as a JUnit XML file.")
@@ -71,6 +73,7 @@ def build(
     jobs: int | None,
     where: str,
     memory: str | None,
+    choosing: bool,
     form: str,
     events: str | None,
     junit: Path | None,
@@ -122,15 +125,23 @@ def build(
         judged = outcome.judge(prepared, results)
         if junit:
             outcome.write_junit(junit, prepared.recipe.name, judged)
+        choices = best_of.choose(prepared, judged, results) if choosing else []
+        if any(choice.kept for choice in choices):  # what failed its gates has lost, and fails nothing
+            kept = {choice.target for choice in choices if choice.kept}
+            judged = [each for each in judged if each.target in kept]
         failed = [each for each in judged if each.outcome is gates.Outcome.FAILED]
         made = {} if failed else _publish(prepared, results, judged, out, started, costs, copy)
         document = outcome.document(prepared.recipe, judged, made)
+        if choosing:
+            document["choices"] = [asdict(choice) for choice in choices]
         if stream:
             stream.write(json.dumps({"event": "result", **document}) + "\n")
     if form == "json":
         click.echo(json.dumps(document, indent=2))
     else:
         click.echo(outcome.text(judged, made))
+        if choices:
+            click.echo(best_of.text(choices))
     outcome.tell_github(judged, made)
     if failed:
         raise GateError(

@@ -101,6 +101,7 @@ class Completion:
             stop_tokens=frozenset(body.get("stop_token_ids") or ()),
             ignore_eos=bool(body.get("ignore_eos")),
             logprobs=logprobs,
+            streams=self.streams,
         )
 
     async def begin(self) -> None:

@@ -33,6 +33,8 @@ class Wanted:
     stop_tokens: frozenset[int]
     ignore_eos: bool
     logprobs: bool
+    streams: bool
+    """Whether each token is told when it is known."""
 
 
 def sampling_of(body: Mapping[str, Any], served: Served, top_logprobs: int) -> Sampling:
@@ -85,6 +87,8 @@ class Generation:
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._signalled = False
+        # Nobody waits for the tokens of an answer that goes out whole; a stop text has to be seen when it comes.
+        self._eager = wanted.streams or bool(wanted.stop)
         most = 1 << 20 if wanted.most is None else wanted.most
         asked = Sampling(max_new_tokens=max(1, most))
         limit = limits([len(ids) for ids in wanted.prompts], asked, decoder.context_length)
@@ -162,7 +166,8 @@ class Generation:
     def _deliverer(self, number: int) -> Callable[[Sequence[Piece] | Exception], None]:
         def deliver(mail: Sequence[Piece] | Exception) -> None:
             self._mail.append((number, mail))
-            if not self._signalled:
+            ended = isinstance(mail, Exception) or any(piece.finished for piece in mail)
+            if (ended or self._eager) and not self._signalled:
                 self._signalled = True
                 self._loop.call_soon_threadsafe(self._arrived.set)
 

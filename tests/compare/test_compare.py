@@ -224,3 +224,28 @@ def test_points_that_lie_together_have_labels_apart() -> None:
     )
     places = re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>(one|two)<', drawing)
     assert abs(float(places[0][0]) - float(places[1][0])) >= 13
+
+
+def test_best_of_keeps_the_fastest_that_passes(built: Path, tmp_path: Path) -> None:
+    """Two that run here, one whose gate nothing passes, one that cannot run here."""
+    recipe = RECIPE.replace(
+        "  tm-int4:", "  bad: {runtime: onnxruntime, precision: int8, gates: {kld_mean: 1e-12}}\n  tm-int4:"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    argv = ("--cache", built / "cache", "--out", tmp_path / "out", "--best-of", "--format", "json")
+    done = command("build", tmp_path / "recipe.yaml", *argv)
+    assert done.code == 0, done.err
+    choices = {choice["target"]: choice for choice in done.json["choices"]}
+    assert choices["tm-int4"]["kept"] and "does not run here" in choices["tm-int4"]["reason"]
+    assert not choices["bad"]["kept"] and "kld_mean" in choices["bad"]["reason"]
+    speeds = {name: choices[name]["speed"] for name in ("ort-fp32", "ort-int4")}
+    winner = max(speeds, key=lambda name: speeds[name])
+    assert [name for name in speeds if choices[name]["kept"]] == [winner]
+    loser = min(speeds, key=lambda name: speeds[name])
+    assert choices[loser]["reason"] == f"{speeds[loser] / speeds[winner]:.2f} of the speed of {winner}"
+    made = {file.parent.name for file in (tmp_path / "out" / "compared").glob("*/manifest.json")}
+    assert made == {winner, "tm-int4"}
+    none = command(
+        "build", tmp_path / "recipe.yaml", "--target", "bad", *argv[:2], "--out", tmp_path / "no", "--best-of"
+    )
+    assert none.code == 4 and not (tmp_path / "no").exists()
