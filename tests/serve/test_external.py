@@ -1,0 +1,187 @@
+"""Artifacts that other projects' servers serve: what is started, printed and written for containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.e2e.harness import BIN, DATA, MODEL, command, environment
+
+RECIPE = f"""\
+name: elsewhere
+model: {{source: {MODEL}, license: PSF-2.0}}
+parity:
+  data: {{path: {DATA}/pydoc-heldout.txt, samples: 2, length: 64}}
+  prompts: {DATA}/prompts.jsonl
+  prompt_count: 1
+  new_tokens: 4
+targets:
+  vllm: {{runtime: vllm, serve: {{max_model_len: 512, tp: 2}}}}
+  vllm-cpu: {{runtime: vllm, device: cpu, gates: {{top1: null}}, serve: {{max_model_len: 512}}}}
+  turbomind: {{runtime: turbomind}}
+  ollama: {{runtime: gguf, precision: Q8_0, layout: ollama}}
+  gguf: {{runtime: gguf, precision: Q8_0}}
+  openvino: {{runtime: openvino}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("elsewhere")
+    (root / "recipe.yaml").write_text(RECIPE, "utf-8")
+    done = command("build", root / "recipe.yaml", "--cache", root / "cache", "--out", root / "out", "-q")
+    assert done.code == 0, done.err
+    return root / "out" / "elsewhere"
+
+
+def serve(artifact: Path, *more: str) -> str:
+    done = command("enginewright", "serve", artifact, *more)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def test_the_command_is_the_manifests(made: Path) -> None:
+    words = shlex.split(serve(made / "vllm", "--print", "--host", "0.0.0.0", "--port", "9"))
+    manifest = json.loads((made / "vllm" / "manifest.json").read_text())
+    told = [word.replace("{artifact}", str(made / "vllm")) for word in manifest["runtime"]["command"]]
+    assert [w for w in words if w not in ("0.0.0.0", "9")] == [w for w in told if w not in ("127.0.0.1", "8000")]
+    assert words[words.index("--host") + 1] == "0.0.0.0" and words[words.index("--port") + 1] == "9"
+    assert "--backend turbomind" in serve(made / "turbomind", "--print")
+    assert "OLLAMA_HOST=127.0.0.1:8000" in serve(made / "ollama", "--print")
+    assert serve(made / "openvino", "--print").startswith("enginewright serve ")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("vllm", (), ("vllm/vllm-openai:v", "--tensor-parallel-size", "/model")),
+        ("turbomind", (), ("openmmlab/lmdeploy:v", "--server-name", "0.0.0.0")),
+        ("ollama", (), ("ollama/ollama", "OLLAMA_MODELS")),
+        ("gguf", ("--framework", "llama-server", "--image", "llama-server:1"), ("llama-server:1", ".gguf")),
+        ("gguf", (), ("enginewright:", "serve")),
+        ("openvino", ("--framework", "ovms"), ("openvino/model_server", "--rest_port", "elsewhere")),
+    ],
+)
+def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tuple[str, ...], made: Path) -> None:
+    text = serve(made / target, "--compose", *options)
+    (service,) = yaml.safe_load(text)["services"].values()
+    (port,) = service["ports"]
+    assert port.startswith("127.0.0.1:")
+    assert service["volumes"][0]["source"] == str(made / target) and service["volumes"][0]["read_only"]
+    assert all(word in text for word in words), text
+    if shutil.which("docker-compose"):
+        subprocess.run(["docker-compose", "-f", "-", "config", "-q"], input=text, text=True, check=True)
+    deployment, of_service = yaml.safe_load_all(serve(made / target, "--kubernetes", "--claim", "models", *options))
+    for each in (deployment, of_service):
+        kubernetes_validate.validate(each, "1.33", strict=True)
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "models"
+    assert of_service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert of_service["spec"]["ports"][0]["targetPort"] == pod["containers"][0]["ports"][0]["name"]
+    limits = pod["containers"][0].get("resources", {}).get("limits", {})
+    assert limits == (
+        {"nvidia.com/gpu": {"vllm": 2, "turbomind": 1}[target]} if target in ("vllm", "turbomind") else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "code", "words"),
+    [
+        ("vllm", ("--framework", "ovms"), 64, "ovms does not serve this artifact"),
+        ("gguf", ("--framework", "llama-server", "--compose"), 64, "name one with --image"),
+        ("openvino", ("--framework", "ovms"), 5, "is started in a container"),
+        ("turbomind", (), 5, "lmdeploy is not installed here"),
+    ],
+)
+def test_what_cannot_be_served(target: str, options: tuple[str, ...], code: int, words: str, made: Path) -> None:
+    if target == "turbomind" and shutil.which("lmdeploy"):
+        pytest.skip("lmdeploy is here")
+    done = command("enginewright", "serve", made / target, *options)
+    assert (done.code, words in done.err) == (code, True), done.err
+
+
+STAND_IN = """#!{python}
+import json, signal, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if "dies" in sys.argv[0]:
+    sys.exit(7)
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def answer(self, body):
+        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
+    def do_GET(self): self.answer({{"data": [{{"id": "m"}}]}})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({{"choices": [{{"text": "x", "finish_reason": "length"}}]}})
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
+"""
+
+
+def start(artifact: Path, place: Path, port: int) -> subprocess.Popen[str]:
+    argv = [sys.executable, str(BIN / "enginewright"), "serve", str(artifact), "--port", str(port)]
+    path = f"{place}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**environment(), "PATH": path})
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_another_server_is_started_and_ended(dies: bool, made: Path, tmp_path: Path) -> None:
+    """A program in vLLM's place: what is waited for, told and passed on. The opt-in below asks vLLM itself."""
+    place = tmp_path / ("dies" if dies else "bin")
+    place.mkdir()
+    program = place / "vllm"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    server = start(made / "vllm", place, free_port())
+    assert server.stderr
+    line = server.stderr.readline()
+    if dies:
+        assert "ended with exit code 7 before its first token" in line
+        assert server.wait(30) == 3
+        return
+    assert " is served at http://127.0.0.1:" in line
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+
+
+@pytest.mark.optin
+@pytest.mark.skipif(
+    not os.environ.get("ENGINEWRIGHT_TOOLCHAIN_VLLM_CPU"), reason="another environment: ENGINEWRIGHT_TOOLCHAIN_VLLM_CPU"
+)
+def test_vllm_itself_answers(made: Path) -> None:
+    port = free_port()
+    place = Path(os.environ["ENGINEWRIGHT_TOOLCHAIN_VLLM_CPU"]).parent
+    server = start(made / "vllm-cpu", place, port)
+    try:
+        assert server.stderr
+        until = time.monotonic() + 600
+        while " is served at " not in (line := server.stderr.readline()):
+            assert line and time.monotonic() < until
+        body: dict[str, Any] = {"prompt": "The list", "max_tokens": 4, "temperature": 0}
+        model = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"]
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={**body, "model": model}, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
