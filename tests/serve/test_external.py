@@ -30,7 +30,8 @@ parity:
   new_tokens: 4
 targets:
   vllm: {{runtime: vllm, serve: {{max_model_len: 512, tp: 2}}}}
-  vllm-cpu: {{runtime: vllm, device: cpu, gates: {{top1: null}}, serve: {{max_model_len: 512}}}}
+  vllm-cpu:
+    {{runtime: vllm, device: cpu, gates: {{top1: null}}, serve: {{max_model_len: 512, gpu_memory_utilization: 0.2}}}}
   turbomind: {{runtime: turbomind}}
   ollama: {{runtime: gguf, precision: Q8_0, layout: ollama}}
   gguf: {{runtime: gguf, precision: Q8_0}}
@@ -171,8 +172,7 @@ def test_another_server_is_started_and_ended(dies: bool, made: Path, tmp_path: P
 )
 def test_vllm_itself_answers(made: Path) -> None:
     port = free_port()
-    place = Path(os.environ["ENGINEWRIGHT_TOOLCHAIN_VLLM_CPU"]).parent
-    server = start(made / "vllm-cpu", place, port)
+    server = start(made / "vllm-cpu", Path(os.devnull), port)
     try:
         assert server.stderr
         until = time.monotonic() + 600
