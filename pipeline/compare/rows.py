@@ -126,7 +126,10 @@ def row(artifact: Path, parameters: int | None) -> Row:
 def _version(manifest: Any) -> str:
     """Of the runtime that the engine was built or judged with; else the oldest one that serves it."""
     built = {name: version for stage in manifest.stages for name, version in stage.tools.items()}
-    for name, need in manifest.runtime.requires.items():
+    needs = manifest.runtime.requires
+    own = sorted(needs, key=lambda name: name != manifest.runtime.engine)  # its own name first
+    for name in own:
+        need = needs[name]
         if found := need.exact or built.get(name):
             return str(found)
         if need.min:
