@@ -68,7 +68,6 @@ def test_bench_tells_speed_memory_and_the_roofline(built: Path) -> None:
             assert all(0 < value["min"] <= value["median"] <= value["max"] for value in metrics.values())
         assert 20e6 < each["peak_rss_bytes"] < 4e9 and each["open_s"] > 0
         assert each["roofline_tokens_per_s"] == pytest.approx(told["bandwidth_bytes_per_s"] / each["weights_bytes"])
-        assert each["cases"][0]["metrics"]["decode_tokens_per_s"]["median"] < each["roofline_tokens_per_s"]
         assert each["http"]["requests"] == 4 and each["http"]["tokens_per_s"] > 0
     smaller, larger = sorted(each["weights_bytes"] for each in told["artifacts"])
     assert smaller < larger / 2
