@@ -23,7 +23,7 @@ TORCH = "torch==2.13.0"  # first, alone and exact: any other way may pull gigaby
 # - olive-ai imports requests without declaring it; pydantic 2.14 breaks its evaluators; onnxruntime-genai other than
 #   0.14 breaks its ModelBuilder pass; onnxruntime and tabulate are needed and undeclared.
 # - optimum-onnx caps transformers below 4.58.
-# - optimum-intel needs torchvision, which replaces torch by one for CUDA (6 GB).
+# - optimum-intel asks for torchvision, which would replace torch by one for CUDA (6 GB). It exports text without it.
 PACKAGES = {
     "olive": (
         "olive-ai==0.13.0",
@@ -69,8 +69,10 @@ def make(name: str) -> Path:
         return python
     print(f"installing {name} into {python.parents[1]}", flush=True)
     venv.create(python.parents[1], with_pip=True, clear=True)
-    for packages in ((TORCH,), PACKAGES[name]) if name != "oras" else (PACKAGES[name],):
+    # torch is named again beside the others, or torchvision replaces it; what torchvision then is does not load.
+    for packages in ((TORCH,), (TORCH, *PACKAGES[name])) if name != "oras" else (PACKAGES[name],):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     ready.touch()
     return python
 

@@ -81,7 +81,7 @@ def test_a_publication_killed_at_each_of_its_changes(light: Site, crasher: Crash
     for fatal in range(1, total + 1):
         assert crasher.run(light)["code"] == 0
         assert light.ids() == old
-        assert not light.leftovers()
+        assert not swept(light)
         done = crasher.run(light, *note, fatal=fatal)
         if done["code"] == 0:  # a link within one tick of the clock changes no time that would be written down
             assert 0.8 * total < done["changes"] < fatal
@@ -95,7 +95,7 @@ def test_a_publication_killed_at_each_of_its_changes(light: Site, crasher: Crash
         if fatal % 4 == 0:  # from there to the new one, as to the old one in all other rounds
             assert crasher.run(light, *note)["code"] == 0
             assert light.ids() == new
-            assert not light.leftovers()
+            assert not swept(light)
 
 
 def test_a_first_build_killed_at_many_of_its_changes(light: Site, crasher: Crasher) -> None:
@@ -109,7 +109,14 @@ def test_a_first_build_killed_at_many_of_its_changes(light: Site, crasher: Crash
         assert all(expected[name] == identity for name, identity in site.ids().items())
         assert crasher.run(site)["code"] == 0
         assert site.ids() == expected
-        assert not site.leftovers()
+        assert not swept(site)
+
+
+def swept(site: Site) -> list[str]:
+    """What is left after `cache gc`: a file that was being written when a build was killed waits for it."""
+    if site.leftovers():
+        assert command("enginewright", "cache", "gc", "--older-than", "1d", "--cache", site.cache).code == 0
+    return site.leftovers()
 
 
 def gone(pids: list[int]) -> bool:
