@@ -12,7 +12,7 @@ RUN python -m venv /opt/enginewright
 # `--build-arg TORCH_INDEX=...`. Without it the configured index answers.
 ARG TORCH_INDEX=
 RUN /opt/enginewright/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
-RUN /opt/enginewright/bin/pip install --no-cache-dir --constraint ci/constraints.txt '.[onnxruntime,sign]'
+RUN /opt/enginewright/bin/pip install --no-cache-dir --constraint ci/constraints.txt '.[onnxruntime,serve,sign]'
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/enginewright /opt/enginewright
