@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class Once:
                     run.update(self.children.run(step, inputs, out, lambda said: self._progress(step, said), threads))
         except OSError as error:
             failure = StageError(f"{step.label}: {error.strerror} ({error.filename or self.store.root})")
+            if error.errno == errno.ENOSPC:  # of this process: a stage says itself what it needs
+                failure = StageError(
+                    f"{step.label}: no space left on the disk of {self.store.root}: not even what belongs to its result",
+                    hint="free some space, or give another --cache DIR",
+                )
             self._tell("failed", step, message=str(failure))
             raise failure from error
         except EnginewrightError as error:
