@@ -49,7 +49,7 @@ class Once:
             failure = StageError(f"{step.label}: {error.strerror} ({error.filename or self.store.root})")
             if error.errno == errno.ENOSPC:  # of this process: a stage says itself what it needs
                 failure = StageError(
-                    f"{step.label}: no space left on the disk of {self.store.root}: not even what belongs to its result",
+                    f"{step.label}: no space left on the disk of {self.store.root}: not even what belongs to it",
                     hint="free some space, or give another --cache DIR",
                 )
             self._tell("failed", step, message=str(failure))
