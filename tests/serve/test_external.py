@@ -185,3 +185,14 @@ def test_vllm_itself_answers(made: Path) -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
+
+
+def test_a_reference_is_pulled_first(made: Path, tmp_path: Path) -> None:
+    layout = f"oci:{tmp_path / 'layout'}:1"
+    done = command("enginewright", "push", made / "gguf", layout)
+    assert done.code == 0, done.err
+    done = command("enginewright", "serve", layout, "--target", "gguf", "--out", tmp_path / "out", "--print")
+    assert done.code == 0, done.err
+    assert shlex.split(done.out)[:3] == ["enginewright", "serve", str(tmp_path / "out" / "elsewhere" / "gguf")]
+    assert command("enginewright", "verify", tmp_path / "out" / "elsewhere" / "gguf").code == 0
+    assert command("enginewright", "serve", layout, "--target", "other", "--print", "--out", tmp_path / "no").code != 0
