@@ -78,9 +78,11 @@ def build(model: str, python: Path, runs: int) -> dict[str, Any]:
                 raise SystemExit(f"{side} failed with exit code {cost.exit_code}: see {log}")
             costs.append(cost)
             if side == OURS:
-                told = builds.split_events((work / "events").read_text("utf-8"))
-                peak = told["build_peak_bytes"]
-                alone.append(measure.Cost(cost.cpu_s - told["proof_cpu_s"], 0, peak, 0))
+                forget_building(work)
+                again = measure.run(command, cwd=work, environment=builds.environment(), log=log)
+                if again.exit_code:
+                    raise SystemExit(f"{side} failed with exit code {again.exit_code}: see {log}")
+                alone.append(again)
             print(f"{model:20} {side:14} {cost.cpu_s:6.1f} CPU s {cost.peak_bytes / 1e6:6.0f} MB", flush=True)
     return {
         "build steps": measure.median(alone),
@@ -88,6 +90,18 @@ def build(model: str, python: Path, runs: int) -> dict[str, Any]:
         THEIRS: measure.median(peer),
         "size_bytes": {OURS: decode_size(ours(model)), THEIRS: decode_size(theirs(model))},
     }
+
+
+def forget_building(work: Path) -> None:
+    """Take what makes the artifact out of the store, and leave what proved it: the next build costs no proof."""
+    for line in (work / "events").read_text("utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "done" and not builds.is_proof(event["step"]):
+            result = work / "cache" / "results" / event["key"]
+            for path in (result, *result.rglob("*")):
+                path.chmod(0o755)
+            shutil.rmtree(result)
+    shutil.rmtree(work / "out")
 
 
 def decode_size(folder: Path) -> int:
