@@ -50,6 +50,12 @@ def write(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None
     (out / "text").write_text(before + options.text)
 
 
+def differ(inputs: Inputs, options: Write, out: Path, progress: Progress) -> None:
+    """Other bytes each time: what no stage should do, and one may."""
+    (out / "text").write_text(os.urandom(8).hex())
+
+
 WRITE = Stage("test.write", write)
+DIFFER = Stage("test.differ", differ)
 TOOLED = Stage("test.tooled", write, tools=("click",))
 ON_DEVICE = Stage("test.on_device", write, scope="device")

@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "pipeline"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "numpy", "huggingface_hub"}
 HEAVY |= {"openvino", "openvino_genai", "openvino_tokenizers", "nncf"}
-HEAVY |= {"urllib3", "cryptography"}
+HEAVY |= {"urllib3", "cryptography", "fsspec"}
 
 # Lower may not import higher. Modules of one row may import each other.
 FLOORS = [
@@ -44,6 +44,7 @@ FLOORS = [
     {"artifact"},
     {"trust"},
     {"registry"},
+    {"shared"},
     {"serve"},
     {"bench"},
     {"compare"},

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import click
 
-from pipeline import __version__
-from pipeline.artifact import attest, facts
-from pipeline.artifact.manifest import ManifestFacts
-from pipeline.artifact.package import Assembled, assemble, check_replaceable
-from pipeline.cli import best_of, outcome, preflight
+from pipeline.cli import best_of, outcome, plan_table, preflight
 from pipeline.cli.cache import size
-from pipeline.cli.console import listening, megabytes, opened, table
+from pipeline.cli.console import listening, opened
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
+from pipeline.cli.publish import publish
 from pipeline.errors import GateError, RecipeError, StageError
 from pipeline.hardware import probe
 from pipeline.parity import gates
@@ -28,9 +25,11 @@ from pipeline.run import budget
 from pipeline.run.budget import Budget
 from pipeline.run.local import Runner
 from pipeline.run.once import Event
-from pipeline.run.status import Status, status
+from pipeline.run.status import status
 from pipeline.store import Entry, Store, open_store
-from pipeline.trust.sbom import sbom
+
+if TYPE_CHECKING:
+    from pipeline.shared import Shared
 
 FOLDER = click.Path(path_type=Path)
 FORMAT = click.Choice(["text", "json"])
@@ -53,6 +52,14 @@ FORMAT = click.Choice(["text", "json"])
     "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
 )
 @click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
+@click.option(
+    "--shared",
+    "url",
+    metavar="URL",
+    envvar="ENGINEWRIGHT_SHARED",
+    help="A store in common: s3://, gs://, file://, oci://.",
+)
+@click.option("--shared-read-only", is_flag=True, envvar="ENGINEWRIGHT_SHARED_READ_ONLY", help="Put nothing there.")
 @click.option("--best-of", "choosing", is_flag=True, help="Keep the fastest passing target of each hardware alone.")
 @click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
 @click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
@@ -73,6 +80,8 @@ def build(
     jobs: int | None,
     where: str,
     memory: str | None,
+    url: str | None,
+    shared_read_only: bool,
     choosing: bool,
     form: str,
     events: str | None,
@@ -95,9 +104,11 @@ def build(
         pinning = {"locked": locked, "offline": offline, "update": update, "write_lock": not plan_only}
         prepared = prepare(recipe, store, overrides=overrides, only=only, **pinning)
         if prepared.job.sources.note:
-            click.echo(f"note: {prepared.job.sources.note}", err=True)
+            _note(prepared.job.sources.note)
         last = store.last(_memory(prepared))
         states = list(status(prepared.plan, store, last))
+        shared = _shared(url, read_only=shared_read_only, offline=offline)
+        there = shared.look_up((state.step.key for state in states if not state.hit), _note) if shared else {}
     except Exception as error:
         if plan_only and detailed_exitcode:  # 1 is what --detailed-exitcode calls an error, of any kind
             report(error)
@@ -105,8 +116,9 @@ def build(
         raise
     most = (memory_bytes or probe().memory_bytes) if where == "local" else 0  # a cluster says itself what it has
     if plan_only:
-        _show_plan(prepared, states, store, most, form)
-        if misfit := preflight.too_large((state.step for state in states if not state.hit), most):
+        plan_table.show(prepared, states, there, store, most, form)
+        runs = (state.step for state in states if not state.hit and state.step.key not in there)
+        if misfit := preflight.too_large(runs, most):
             if not detailed_exitcode:
                 raise misfit
             report(misfit)
@@ -115,11 +127,19 @@ def build(
     costs: dict[str, Event] = {}
     with opened(events) as stream, store.using(prepared.plan.by_key()):
         missing = [state.step for state in states if not state.hit]
-        if missing:
-            preflight.check(prepared, missing, store, most, out)
+        if running := [step for step in missing if step.key not in there]:
+            preflight.check(prepared, running, store, most, out)
         limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
         results = _run(
-            prepared, store, [step.label for step in missing], costs, stream, limits, where, quiet or form == "json"
+            prepared,
+            store,
+            [step.label for step in missing],
+            costs,
+            stream,
+            limits,
+            where,
+            quiet or form == "json",
+            shared,
         )
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
@@ -130,7 +150,7 @@ def build(
             kept = {choice.target for choice in choices if choice.kept}
             judged = [each for each in judged if each.target in kept]
         failed = [each for each in judged if each.outcome is gates.Outcome.FAILED]
-        made = {} if failed else _publish(prepared, results, judged, out, started, costs, copy)
+        made = {} if failed else publish(prepared, results, judged, out, started, costs, copy)
         document = outcome.document(prepared.recipe, judged, made)
         if choosing:
             document["choices"] = [asdict(choice) for choice in choices]
@@ -153,6 +173,22 @@ def build(
     return 0
 
 
+def _shared(url: str | None, *, read_only: bool, offline: bool) -> Shared | None:
+    """The store behind the store, if one is named."""
+    if not url:
+        return None
+    if offline and not url.startswith("file://"):
+        click.echo("note: --offline: the shared store is not asked", err=True)
+        return None
+    from pipeline.shared import open_shared
+
+    return open_shared(url, read_only=read_only)
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
+
+
 def _memory(prepared: Prepared) -> str:
     """Under which name the store remembers this recipe's keys."""
     return prepared.recipe.name
@@ -171,6 +207,7 @@ def _run(
     limits: Budget,
     where: str,
     quiet: bool,
+    shared: Shared | None,
 ) -> dict[str, Entry]:
     with listening(missing, stream, quiet=quiet) as show:
 
@@ -182,112 +219,15 @@ def _run(
         chains = prepared.recipe.toolchains
         try:
             if where == "local":
-                return Runner(store, listen, chains, limits).run(prepared.plan)
+                return Runner(store, listen, chains, limits, shared).run(prepared.plan)
             from pipeline.run.ray import RayRunner
 
-            return RayRunner(store, listen, chains, limits, where.removesuffix("ray")).run(prepared.plan)
+            nodes = {"url": shared.url, "read_only": shared.read_only} if shared else None
+            address = where.removesuffix("ray")
+            return RayRunner(store, listen, chains, limits, address, shared, nodes).run(prepared.plan)
         except (RecipeError, StageError) as error:
             # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
             sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}
             named = (f"{role} is {source.uri}" for role, source in sources.items())
             error.hint = f"{error.hint}\nwhere {', '.join(named)}".lstrip()
             raise
-
-
-def _publish(
-    prepared: Prepared,
-    results: Mapping[str, Entry],
-    judged: Sequence[outcome.Judged],
-    out: Path,
-    started: datetime,
-    costs: Mapping[str, Event],
-    copy: bool,
-) -> dict[str, Assembled]:
-    """Assemble every target's artifact; each swap is atomic, and none begins before all gates have passed."""
-    made = {}
-    for each in judged:
-        check_replaceable(out / prepared.recipe.name / each.target)
-    for each in judged:
-        keys, hardware = prepared.plan.targets[each.target], prepared.hardware[each.target]
-        about = facts.manifest_facts(prepared.job, each.target, prepared.plan, results, each.verdicts, hardware)
-        stamp = {"started": started.isoformat(), "finished": datetime.now(UTC).isoformat()}
-        steps = [
-            attest.StepRun(
-                name=step.name,
-                key=step.key,
-                cached=costs[step.key]["event"] == "hit",
-                output_bytes=results[step.key].size_bytes,
-                **{n: results[step.key].run.get(n) for n in ("wall_s", "cpu_s", "peak_rss_bytes")},
-            )
-            for step in prepared.plan.steps
-            if each.target in step.targets
-        ]
-        made[each.target] = assemble(
-            results[keys["engine"]].out,
-            golden_dir=results[keys["golden"]].out if "golden" in keys else None,
-            manifest_facts=about,
-            destination=out / prepared.recipe.name / each.target,
-            link="copy" if copy else "auto",
-            license_file=facts.license_file(results, keys),
-            attestations={
-                "provenance": attest.provenance(
-                    about, **stamp, steps=steps, host=_host(hardware), versions={"enginewright": __version__}
-                ),
-                "parity": attest.parity(each.result, about.gates, about.build_key),
-                "sbom": sbom(about),
-                **_stand_in(each.stand_in, about),
-            },
-        )
-    return made
-
-
-def _stand_in(judged: outcome.StandIn | None, about: ManifestFacts) -> dict[str, attest.Attestation]:
-    """`parity-graph` or `parity-checkpoint`: of what was judged in the engine's place, where something was."""
-    if judged is None:
-        return {}
-    return {f"parity-{judged.what}": attest.parity(judged.result, about.gates, about.build_key)}
-
-
-def _host(hardware: Any) -> dict[str, Any]:
-    return {"os": hardware.os, "arch": hardware.arch, "isa": list(hardware.isa), "cores": os.cpu_count()}
-
-
-def _show_plan(prepared: Prepared, states: Sequence[Status], store: Store, most: int, form: str) -> None:
-    rows = [
-        {
-            "step": state.step.label,
-            "stage": state.step.stage.name,
-            "key": state.step.key,
-            "targets": list(state.step.targets),
-            "state": "hit" if state.hit else "miss",
-            "reason": state.reason,
-            "size_bytes": state.size_bytes,
-            "memory_need_bytes": state.step.memory_bytes,
-            "toolchain": state.step.stage.toolchain,
-            "scope": state.step.stage.scope,
-        }
-        for state in states
-    ]
-    if form == "json":
-        document = {"recipe": prepared.recipe.name, "store": str(store.root), "memory_bytes": most, "steps": rows}
-        click.echo(json.dumps(document, indent=2))
-        return
-    shown = [
-        (
-            row["step"],
-            row["stage"],
-            row["state"],
-            megabytes(state.size_bytes) if state.hit else "",
-            "" if state.hit else megabytes(state.step.memory_bytes),
-            row["reason"],
-        )
-        for row, state in zip(rows, states, strict=True)
-    ]
-    click.echo(table(("STEP", "STAGE", "STATE", "SIZE", "MEMORY", "REASON"), shown))
-    missing = [state for state in states if not state.hit]
-    click.echo(
-        f"\n{len(missing)} of {len(states)} steps to run, {len(states) - len(missing)} in the store at {store.root}"
-    )
-    if missing:
-        need = max(state.step.memory_bytes for state in missing)
-        click.echo(f"memory: up to {megabytes(need)} a step" + (f", of {megabytes(most)} here" if most else ""))

@@ -40,7 +40,10 @@ def _plain(event: Event) -> None:
         "done": lambda: f"{event['step']}: done ({cost(event)})",
         "corrupt": lambda: f"{event['step']}: the stored result is corrupt ({event['reason']}): building it again",
         "failed": lambda: f"{event['step']}: failed",
+        "note": lambda: f"note: {event['note']}",
     }
+    if event["event"] == "hit" and event.get("shared"):
+        click.echo(f"{event['step']}: from the shared store ({megabytes(event['size_bytes'])})", err=True)
     if line := lines.get(event["event"]):
         click.echo(line(), err=True)
 
@@ -60,12 +63,15 @@ def _live(labels: Sequence[str]) -> Iterator[Listener]:
         rows = {label: progress.add_task(label, total=1, start=False, note="waiting", visible=True) for label in labels}
 
         def listen(event: Event) -> None:
+            if event["event"] == "note":
+                progress.console.print(f"note: {event['note']}", markup=False)
             row = rows.get(event["step"])
             if row is None:
                 return
             if event["event"] == "hit":
+                where = "from the shared store" if event.get("shared") else "in the store"
                 progress.start_task(row)
-                progress.update(row, total=1, completed=1, note="[dim]in the store[/dim]")
+                progress.update(row, total=1, completed=1, note=f"[dim]{where}[/dim]")
             elif event["event"] == "start":
                 progress.start_task(row)
                 progress.update(row, total=None, note="")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pipeline.plan import Plan
 from pipeline.run.budget import Budget
 from pipeline.run.child import Children
-from pipeline.run.once import Event, Once
+from pipeline.run.once import Beyond, Event, Once
 from pipeline.run.queue import Queue
 from pipeline.store import Entry, Store
 
@@ -22,10 +22,11 @@ class Runner:
     on_event: Callable[[Event], None]
     toolchains: Mapping[str, str]
     budget: Budget = field(default_factory=Budget)
+    beyond: Beyond | None = None
 
     def run(self, plan: Plan) -> dict[str, Entry]:
         """Results by key. The first failure ends the run: steps under way are stopped, finished ones are kept."""
-        once = Once(self.store, self.on_event, Children(self.store.root / "logs", self.toolchains))
+        once = Once(self.store, self.on_event, Children(self.store.root / "logs", self.toolchains), self.beyond)
         done: dict[str, Entry] = {}
         queue, running = Queue(plan), dict[str, int]()
         futures: dict[Future[Entry], str] = {}

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.errors import EnginewrightError, StageError
 from pipeline.plan import PlannedStep
@@ -18,6 +18,18 @@ Event = Mapping[str, Any]
 """{"event": "start" | "progress" | "done" | "hit" | "failed", "step": label, "key": key, ...}"""
 
 
+class Beyond(Protocol):
+    """A store behind the store, which builders on several machines have in common (`pipeline.shared`)."""
+
+    def fetch(self, key: str, store: Store, tell: Callable[[str], None]) -> Entry | None:
+        """The result of a key, brought into `store`; None where it is not there."""
+        ...
+
+    def offer(self, entry: Entry, store: Store, tell: Callable[[str], None]) -> Entry:
+        """Let others have a result. The one that holds from now on: another builder's, where that was first."""
+        ...
+
+
 @dataclass
 class Once:
     """Steps of one builder on one machine. `on_event` is called from several threads, one at a time."""
@@ -25,19 +37,19 @@ class Once:
     store: Store
     on_event: Callable[[Event], None]
     children: Children
+    beyond: Beyond | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self, step: PlannedStep, inputs: Mapping[str, Path], threads: int) -> Entry:
         """The step's result. Raises its error; nothing half-made is kept."""
-        if entry := self.store.get(step.key):
+        if self.beyond is None and (entry := self.store.get(step.key)):
             self._tell("hit", step, size_bytes=entry.size_bytes)
             return entry
         run: dict[str, Any] = {}
         try:
             with self.store.locked(step.key, self._stopped.is_set):
-                if entry := self.store.get(step.key):  # another builder was here first
-                    self._tell("hit", step, size_bytes=entry.size_bytes)
+                if entry := self._found(step):  # here, or another builder was first
                     return entry
                 if why := self.store.corrupt.get(step.key):
                     self._tell("corrupt", step, reason=why)
@@ -45,6 +57,9 @@ class Once:
                 again = step.stage.resumable
                 with self.store.adding(step.key, dict(step.key_text), run, resumable=again) as out:
                     run.update(self.children.run(step, inputs, out, lambda said: self._progress(step, said), threads))
+                entry = self.store.get(step.key)
+                if entry and self.beyond:
+                    entry = self.beyond.offer(entry, self.store, lambda said: self._tell("note", step, note=said))
         except OSError as error:
             failure = StageError(f"{step.label}: {error.strerror} ({error.filename or self.store.root})")
             if error.errno == errno.ENOSPC:  # of this process: a stage says itself what it needs
@@ -57,10 +72,21 @@ class Once:
         except EnginewrightError as error:
             self._tell("failed", step, message=str(error))
             raise
-        entry = self.store.get(step.key)
         if entry is None:
             raise StageError(f"{step.label}: its result vanished: {self.store.corrupt.get(step.key, 'removed')}")
         self._tell("done", step, size_bytes=entry.size_bytes, **run)
+        return entry
+
+    def _found(self, step: PlannedStep) -> Entry | None:
+        """The step's result, if it is in the store or can be had from the one behind it."""
+        if entry := self.store.get(step.key):
+            if self.beyond:
+                entry = self.beyond.offer(entry, self.store, lambda said: self._tell("note", step, note=said))
+            self._tell("hit", step, size_bytes=entry.size_bytes)
+        elif self.beyond:
+            entry = self.beyond.fetch(step.key, self.store, lambda said: self._tell("note", step, note=said))
+            if entry:
+                self._tell("hit", step, size_bytes=entry.size_bytes, shared=True)
         return entry
 
     def stop(self) -> None:

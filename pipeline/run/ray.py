@@ -1,7 +1,8 @@
 """Run a plan on a Ray cluster: each missing step is a task, the same child process as here, on a node that suits.
 
-Results travel through the store, which every node must see under the same path. Ray starts a task again when its node
-or its process is lost; a result is put in place whole and once, so that a step that ran twice does no harm.
+Results travel through the shared store, beside which each node has a store of its own; or through the store itself,
+where every node sees it under the same path. Ray starts a task again when its node or its process is lost; a result is
+put in place whole and once, so that a step that ran twice does no harm.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
 from pipeline import hardware as machines
-from pipeline.errors import BY_EXIT_CODE, EnginewrightError, StageError, UnavailableError
+from pipeline.errors import BY_EXIT_CODE, StageError, UnavailableError
 from pipeline.hardware import Device
-from pipeline.plain import from_plain, to_plain
+from pipeline.plain import to_plain
 from pipeline.plan import Plan, PlannedStep
-from pipeline.run import toolchain
 from pipeline.run.budget import Budget
-from pipeline.run.child import Children, reference
-from pipeline.run.once import Event, Once
+from pipeline.run.child import reference
+from pipeline.run.node import TRAVEL, perform
+from pipeline.run.once import Beyond, Event
 from pipeline.run.queue import Queue
-from pipeline.run.worker import load
 from pipeline.store import Entry, Store
 
 RETRIES = 5
@@ -37,9 +36,6 @@ OBJECTS_BYTES = 100 << 20
 SPEAKS_FOR = "compute_capability:"
 """A node's resource `compute_capability:9.0` says what its GPU is, where the name of the type does not."""
 
-Job = Mapping[str, Any]
-"""What a node is told: a step in plain values, the store, and what it must find there."""
-
 
 @dataclass
 class RayRunner:
@@ -50,6 +46,9 @@ class RayRunner:
     toolchains: Mapping[str, str]
     budget: Budget
     address: str = ""
+    beyond: Beyond | None = None
+    shared: Mapping[str, Any] | None = None
+    """What `beyond` is, for the nodes: the arguments of `node.SHARED`."""
 
     def run(self, plan: Plan) -> dict[str, Entry]:
         """Results by key. The first failure ends the run: tasks under way are cancelled, finished steps are kept.
@@ -59,9 +58,17 @@ class RayRunner:
         done = {step.key: entry for step in plan.steps if (entry := self.store.get(step.key))}
         for step in plan.steps:
             if entry := done.get(step.key):
-                self.on_event({"event": "hit", "step": step.label, "key": step.key, "size_bytes": entry.size_bytes})
+                self.on_event({**_said("hit", step), "size_bytes": entry.size_bytes})
+        for step in plan.steps:
+            if step.key not in done and (entry := self._beyond(step)):
+                done[step.key] = entry
+                self.on_event({**_said("hit", step), "size_bytes": entry.size_bytes, "shared": True})
         if len(done) == len(plan.steps):
             return done
+        for step in plan.steps:
+            if self.beyond and (entry := done.get(step.key)):  # the nodes look for it there
+                with self.store.locked(step.key):
+                    done[step.key] = self.beyond.offer(entry, self.store, self._telling(step))
         with self._cluster() as ray:
             asked = {step.key: self._resources(step, ray.nodes()) for step in plan.steps if step.key not in done}
             queue, running = Queue(plan), dict[Any, PlannedStep]()
@@ -87,6 +94,16 @@ class RayRunner:
                         ray.cancel(each, force=True)
                 raise
         return done
+
+    def _beyond(self, step: PlannedStep) -> Entry | None:
+        """A result that another builder, or a node, has put into the shared store."""
+        if self.beyond is None:
+            return None
+        with self.store.locked(step.key):
+            return self.store.get(step.key) or self.beyond.fetch(step.key, self.store, self._telling(step))
+
+    def _telling(self, step: PlannedStep) -> Callable[[str], None]:
+        return lambda note: self.on_event({**_said("note", step), "note": note})
 
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[Any]:
@@ -145,7 +162,8 @@ class RayRunner:
             "key_text": dict(step.key_text),
             "targets": list(step.targets),
             "memory_bytes": step.memory_bytes,
-            "store": str(self.store.root),
+            "store": "" if self.shared else str(self.store.root),
+            "shared": dict(self.shared) if self.shared else None,
             "toolchains": dict(self.toolchains),
             "threads": threads,
             "version": __version__,
@@ -165,13 +183,15 @@ class RayRunner:
         if wrong := said.get("error"):
             kind = BY_EXIT_CODE.get(int(wrong["exit_code"]), StageError)
             raise kind(f"{wrong['message']} (on {said['node']})", hint=wrong["hint"])
-        entry = self.store.get(step.key)
+        entry = self.store.get(step.key) or self._beyond(step)
         if entry is None:
-            raise StageError(
-                f"{step.label}: {said['node']} made it, and it is not in the store at {self.store.root}",
-                hint="on a cluster the store must be a folder that every node sees: --cache DIR",
-            )
+            where = "the shared store" if self.shared else f"the store at {self.store.root}"
+            raise StageError(f"{step.label}: {said['node']} made it, and it is not in {where}", hint=TRAVEL)
         return entry
+
+
+def _said(event: str, step: PlannedStep) -> dict[str, Any]:
+    return {"event": event, "step": step.label, "key": step.key}
 
 
 def _kind(step: PlannedStep, device: Device, offers: list[dict[str, float]]) -> str:
@@ -201,53 +221,3 @@ def accelerators(compute_capability: str) -> list[str]:
                     short = match[1].replace(" ", "-")
                     found += [short, f"GeForce-{short}"] if "GeForce" in device.name else [short]
     return found
-
-
-def perform(job: Job) -> dict[str, Any]:
-    """A task, on its node: {"node", "events", "error"?}. Errors that a user can mend come back as values."""
-    events: list[Event] = []
-    node = _here()
-    try:
-        step = _step(job)
-        store = Store(Path(job["store"]))
-        inputs = {role: _input(store, key, node) for role, key in step.needs.items()}
-        once = Once(store, events.append, Children(store.root / "logs", job["toolchains"]))
-        once.run(step, inputs, job["threads"])
-    except EnginewrightError as error:
-        told = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
-        return {"node": node, "events": [], "error": told}
-    return {"node": node, "events": [dict(event, node=node) for event in events if event["event"] != "progress"]}
-
-
-def _step(job: Job) -> PlannedStep:
-    """The step of a job, if this node has the very versions that its key names."""
-    if job["version"] != __version__:
-        raise UnavailableError(f"this node has enginewright {__version__}, the builder {job['version']}")
-    stage = load(job["stage"])
-    for tool, wanted in job["key_text"]["tools"].items():
-        found = toolchain.version(tool, stage.toolchain, job["toolchains"])
-        if found != wanted:
-            raise UnavailableError(
-                f"this node has {tool} {found}, the builder {wanted}",
-                hint="every node needs the environment of the builder: one image for all",
-            )
-    options = from_plain(load(job["options_type"]), job["options"])
-    texts = (job["needs"], job["key"], job["key_text"], tuple(job["targets"]), job["memory_bytes"])
-    return PlannedStep(job["name"], stage, options, *texts)
-
-
-def _input(store: Store, key: str, node: str) -> Path:
-    entry = store.get(key)
-    if entry is None:
-        raise StageError(
-            f"{key} is not in the store at {store.root} as {node} sees it",
-            hint="on a cluster the store must be a folder that every node sees: --cache DIR",
-        )
-    return entry.out
-
-
-def _here() -> str:
-    """The id of this node, as `ray list nodes` shows it."""
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())

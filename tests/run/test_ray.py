@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 from tests.e2e.harness import Site, wait_for
 from tests.e2e.test_kill_often import RECIPE
 from tests.fakes import ON_DEVICE, WRITE, Write
+from tests.shared import s3
+from tests.shared.s3 import S3
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
@@ -35,23 +37,32 @@ def test_rays_names_of_the_gpus_with_a_compute_capability() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head with two cores, and two nodes with a made-up T4 and a made-up H100."""
-    pytest.importorskip("ray", reason="needs Ray: pip install 'enginewright[ray]'")
-    os.environ.update(QUIET)
-    python_path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)  # where the stages of these tests are
-    from ray.cluster_utils import Cluster
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with s3.running(tmp_path_factory.mktemp("s3")) as served:
+        yield served
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    for kind in ("T4", "H100"):
-        made.add_node(num_cpus=2, num_gpus=1, resources={f"accelerator_type:{kind}": 1})
-    yield made
-    made.shutdown()
-    if python_path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = python_path
+
+@pytest.fixture(scope="module")
+def cluster(bucket: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head with two cores, and two nodes with a made-up T4 and a made-up H100; each has a store of its own."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'enginewright[ray]'")
+    stores = tmp_path_factory.mktemp("nodes")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**QUIET, **bucket.env, "PYTHONPATH": str(ROOT)}.items():  # where these tests' stages are
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        def env_vars(name: str) -> dict[str, str]:
+            return {"ENGINEWRIGHT_CACHE": str(stores / name)}
+
+        head = {"num_cpus": 2, "include_dashboard": False, "env_vars": env_vars("head")}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        made.stores = stores
+        for kind in ("T4", "H100"):
+            resources = {f"accelerator_type:{kind}": 1}
+            made.add_node(num_cpus=2, num_gpus=1, resources=resources, env_vars=env_vars(kind))
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
@@ -185,3 +196,22 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
     except OSError:
         return ""
+
+
+@pytest.mark.slow
+def test_nodes_that_share_no_folder_have_their_results_from_the_shared_store(
+    cluster: Any, bucket: S3, tmp_path: Path
+) -> None:
+    """What a step needs comes out of a bucket, and so does what the builder gets."""
+    here = Site.write(tmp_path / "here", RECIPE)
+    expected = here.made()
+    site = Site.write(tmp_path / "there", RECIPE, out=tmp_path / "there-out")
+    shared = {**bucket.env, "ENGINEWRIGHT_SHARED": f"s3://{s3.BUCKET}/store"}
+    done = site.build("--on", "ray", env={**QUIET, **shared, "RAY_ADDRESS": cluster.address})
+    assert done.code == 0, done.err
+    assert site.ids() == expected
+    made = {path.name for path in site.entries("*")}
+    nodes = [{path.name for path in (store / "results").iterdir()} for store in cluster.stores.iterdir()]
+    assert made == set().union(*nodes)
+    if len(nodes) > 1:  # what one made, another had as an input
+        assert sum(len(node) for node in nodes) > len(made)
