@@ -131,6 +131,20 @@ def roberta(path: Path, task: str = "text-classification", seed: int = 0, **over
     return _encoder(path, "Roberta", task, seed, {"type_vocab_size": 1} | over)
 
 
+def distilbert(path: Path, task: str = "feature-extraction", seed: int = 0, **over: Any) -> Path:
+    """DistilBert with the head of `task`; no token types."""
+    import transformers
+
+    _seeded(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 130,
+        "num_labels": 2 if task == "question-answering" else 3, "pad_token_id": PAD, "initializer_range": 0.1,
+    }  # fmt: skip
+    write_tokenizer(path, pair=True)
+    config = transformers.DistilBertConfig(**(settings | over))
+    return _save(path, getattr(transformers, f"DistilBert{BERT_HEADS[task]}")(config))
+
+
 def sentence_transformer(path: Path, pooling: str = "mean", normalize: bool = True, seed: int = 0) -> Path:
     """A sentence-transformers folder around Bert: modules.json, 1_Pooling/config.json (`mean`, `cls` or `max`)."""
     bert(path, seed=seed)

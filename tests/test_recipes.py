@@ -58,7 +58,7 @@ def test_targets_share_every_step_but_their_own(recipe: Path, tmp_path: Path) ->
         assert stages.count("llm.quantize") < len(plan.targets) == 8
         return
     # The builders of openvino's and gguf's decoders read the checkpoint, and a static cache is another graph.
-    exports = ("onnx.fused", "onnx.torch", "tensorrt.decoder")
+    exports = ("onnx.encoder", "onnx.fused", "onnx.torch", "tensorrt.decoder")
     wanted = {"openvino": 0, "gguf": 0, "every-runtime": 2}.get(recipe.stem, 1)
     assert sum(name in exports for name in stages) == wanted
 

@@ -118,7 +118,7 @@ class Int8Graph:
             for name, array in self.small.items():
                 sink.write(name, array)
         del proto.graph.initializer[:], proto.graph.value_info[:]
-        proto.graph.initializer.extend(sink.protos())
+        sink.move_into(proto.graph.initializer)
         onnx.save_model(proto, path)
 
     # weights

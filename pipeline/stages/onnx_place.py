@@ -60,7 +60,7 @@ class Placer:
                 done += size
                 progress(done, total, "weights")
         del graph.proto.graph.initializer[:]
-        graph.proto.graph.initializer.extend(sink.protos())
+        sink.move_into(graph.proto.graph.initializer)
         del graph.proto.graph.value_info[:]
         onnx.save_model(graph.proto, path)
         return self._facts()

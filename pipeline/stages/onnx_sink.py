@@ -31,7 +31,7 @@ class _Place:
 
 
 class Sink:
-    """Initializers on their way to disk. Use as a context manager around `write`; `protos` is what the graph takes."""
+    """Initializers on their way to disk. A context manager around `write`; then `move_into` gives them to the graph."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -101,9 +101,9 @@ class Sink:
                 if place.written != place.size:
                     raise ValueError(f"initializer '{name}': {place.written} of {place.size} bytes were written")
 
-    def protos(self) -> list[Any]:
-        """The finished TensorProtos, in the order of declaration."""
-        for name, values in self._inline.items():
-            self._places[name].proto.raw_data = bytes(values)
-        self._inline.clear()
-        return [place.proto for place in self._places.values()]
+    def move_into(self, initializers: Any) -> None:
+        """Append the finished TensorProtos to a graph's, in the order of declaration; the values are held once."""
+        for name, place in self._places.items():
+            initializers.append(place.proto)
+            if name in self._inline:
+                initializers[-1].raw_data = bytes(self._inline.pop(name))

@@ -130,7 +130,7 @@ class TypedGraph:
             for name, array in self.small.items():
                 sink.write(name, self._narrow(array))
         del proto.graph.initializer[:], proto.graph.value_info[:]
-        proto.graph.initializer.extend(sink.protos())
+        sink.move_into(proto.graph.initializer)
         onnx.save_model(proto, path)
         if not self.quantized:
             return {}

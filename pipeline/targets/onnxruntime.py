@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.engine import Engine
-from pipeline.errors import RecipeError, UnavailableError
+from pipeline.errors import EnginewrightError, RecipeError, UnavailableError
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.size import holding
-from pipeline.stages import measure, onnx_fused, onnx_int8, onnx_optimum, onnx_torch, onnx_weights
+from pipeline.stages import (
+    measure,
+    onnx_encoder,
+    onnx_encoder_families,
+    onnx_fused,
+    onnx_int8,
+    onnx_optimum,
+    onnx_torch,
+    onnx_weights,
+)
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
@@ -41,8 +50,9 @@ class Options(TargetOptions):
     int8: onnx_int8.Int8 = option(onnx_int8.Int8, "Scheme `activations`: how.")
     exporter: Literal["auto", "fused", "torch", "optimum"] = option(
         "auto",
-        "Who writes the graph: our fused builder (decoders of the families that it knows: the fastest graph), torch's "
-        "exporter (whatever transformers loads), or Optimum in its own toolchain. `auto`: fused if it can, else torch.",
+        "Who writes the graph: our fused builder (the families that it knows: the fastest graph of a decoder, and no "
+        "torch is loaded), torch's exporter (whatever transformers loads), or Optimum in its own toolchain. `auto`: "
+        "fused if it can, else torch.",
     )
     provider: Literal["cpu", "cuda"] = option("cpu", "ONNX Runtime's execution provider.")
     threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
@@ -132,19 +142,17 @@ def _weights(name: str, options: Options, precision: Literal["fp32", "fp16", "in
 
 def _export(job: Job, options: Options) -> Step:
     """The exporter's step; `auto` is decided here, from config.json, so that the plan shows it."""
-    exporter = options.exporter
-    full = options.provider == "cuda" and options.precision == "fp32"
+    exporter, task = options.exporter, cast(Task, job.task)
+    problem = _fused_problem(job, options)
     if exporter == "auto":
-        exporter = "fused" if job.kind == "decoder" and not full and _fused_problem(job) is None else "torch"
+        exporter = "torch" if problem else "fused"
     if exporter == "fused":
-        if job.kind != "decoder":
-            raise RecipeError("exporter: fused builds decoders only", hint="leave `exporter` out, or say `torch`")
-        if problem := _fused_problem(job):
+        if problem:
             raise problem
-        if full:
-            raise RecipeError("exporter: fused knows no fp32 on CUDA", hint="say `precision: fp16`, or leave it out")
+        if job.kind == "encoder":
+            return Step("export", onnx_encoder.STAGE, onnx_encoder.EncoderOptions(task=task), {"model": "model"})
         return Step("export", onnx_fused.STAGE, onnx_fused.FusedOptions(), {"model": "model"})
-    task, trusted = cast(Task, job.task), job.recipe.model.trust_remote_code
+    trusted = job.recipe.model.trust_remote_code
     if exporter == "optimum":
         if job.kind == "seq2seq":
             raise RecipeError(
@@ -156,11 +164,18 @@ def _export(job: Job, options: Options) -> Step:
     return Step("export", onnx_torch.STAGE, told, {"model": "model"})
 
 
-def _fused_problem(job: Job) -> UnavailableError | None:
+def _fused_problem(job: Job, options: Options) -> EnginewrightError | None:
+    """Why our builder cannot write the graph; None where it can."""
+    if job.kind == "encoder":
+        return onnx_encoder_families.why_not(job.config, job.task)
+    if job.kind != "decoder":
+        return RecipeError("exporter: fused builds no encoder-decoders", hint="leave `exporter` out, or say `torch`")
     try:
         read_decoder(job.config)
     except UnavailableError as error:
         return error
+    if options.provider == "cuda" and options.precision == "fp32":
+        return RecipeError("exporter: fused knows no fp32 on CUDA", hint="say `precision: fp16`, or leave it out")
     return None
 
 
