@@ -32,6 +32,9 @@ class Size:
     """One row of hidden states."""
 
 
+LARGE = 8 << 30
+"""fp32 weights above which a decoder is not loaded whole, nor an engine of it made in fp32 to compare with."""
+
 Need = Callable[[Any, Size], int]
 """(a stage's options, the checkpoint) -> the most that its process will hold, bytes."""
 
@@ -75,7 +78,7 @@ def placing(options: Any, size: Size) -> int:
     """The need of a stage that writes an ONNX file: streamed, or built in memory where one file holds the weights."""
     made = int(size.weights * SHARES.get(str(getattr(options, "precision", "fp16")), 0.5))
     streamed = 110_000_000 + int(0.6 * size.largest)
-    return streamed if made > ONE_FILE else max(streamed, 72_000_000 + int(6.5 * made))
+    return streamed if made > ONE_FILE else max(streamed, 72_000_000 + int(3.8 * made))
 
 
 SMALL = holding(72)

@@ -82,7 +82,12 @@ def prepare(
     sources = pin(recipe, path, locked=locked, offline=offline, update=update, write=write, cache=store.root)
     names = [file.path for file in sources.model.files]
     task = recipe.model.task or task_of(sources.config, names, recipe.model.source)
-    job = Job(recipe=recipe, sources=sources, task=task, kind=cast(Kind, kind_of(task)), config=sources.config)
+    kind = cast(Kind, kind_of(task))
+    weights = sum(file.size for file in sources.model.files if file.path.endswith(".safetensors"))
+    size = size_of(weights, sources.config)
+    if kind == "encoder" and task != "fill-mask":
+        size = replace(size, vocab=0)  # it answers with no row of the vocabulary
+    job = Job(recipe=recipe, sources=sources, task=task, kind=kind, config=sources.config, size=size)
     steps, hardware = {}, {}
     for name, options in recipe.targets.items():
         hardware[name] = machines.load(options.hardware)
@@ -99,8 +104,4 @@ def prepare(
             hint = f"pip install 'enginewright[{','.join(extras)}]'" if chain == "default" else ""
             raise UnavailableError(error.message, hint=error.hint or hint) from None
 
-    weights = sum(file.size for file in sources.model.files if file.path.endswith(".safetensors"))
-    size = size_of(weights, sources.config)
-    if job.kind == "encoder" and task != "fill-mask":
-        size = replace(size, vocab=0)  # it answers with no row of the vocabulary
     return Prepared(path, job, plan(steps, versions, size), hardware)

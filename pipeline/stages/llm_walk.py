@@ -49,9 +49,9 @@ def walk(
 
     checkpoint = Checkpoint(folder)
     with torch.inference_mode():
-        base = _skeleton(folder)
-        base.embed_tokens = _rows(checkpoint, base.embed_tokens, device)
-        base.rotary_emb = type(base.rotary_emb)(config=base.config).to(device)
+        base = skeleton(folder).model
+        base.embed_tokens = rows_of(checkpoint, base.embed_tokens, device)
+        base.rotary_emb.to(device)
         base.norm = torch.nn.Identity()
         held: dict[str, Tensor] = {} if carried_STH is None else {"hidden": carried_STH.to(device)}
         stations = [
@@ -62,18 +62,19 @@ def walk(
         base(input_ids=ids_ST.to(device), use_cache=False)
 
 
-def _skeleton(folder: Path) -> Any:
-    """The decoder without its head, on the meta device."""
+def skeleton(folder: Path) -> Any:
+    """The decoder on the meta device, but for what is computed from its configuration."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.model.eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.model.config)
+    return model.eval().requires_grad_(False)
 
 
-def _rows(checkpoint: Checkpoint, embedding: Any, device: str) -> Any:
+def rows_of(checkpoint: Checkpoint, embedding: Any, device: str) -> Any:
     """A stand-in for the embedding that reads only the rows it is asked for."""
     import torch
 

@@ -90,5 +90,5 @@ STAGE = Stage(
     run,
     version=1,
     tools=("numpy", "onnx", "onnxruntime", "tokenizers"),
-    memory=holding(120, weights=3.5),
+    memory=holding(80, weights=0.9),
 )

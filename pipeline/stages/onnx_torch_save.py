@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-EMBED_LIMIT_BYTES = 128 << 20
-"""Up to here the weights stay in the .onnx: onnx.load refuses external data in files that have hard links."""
+EMBED_LIMIT_BYTES = 1 << 20
+"""Up to here the weights stay in the .onnx. What reads an export takes larger ones out of the data file one by one."""
 
 _ALIGNMENT = 4096  # a runtime can map the tensors of the data file into memory
 

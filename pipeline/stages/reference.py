@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.recipe import Task, option
-from pipeline.size import holding
+from pipeline.size import Size, holding
 from pipeline.step import Inputs, Progress, Stage
 
 
@@ -27,6 +27,9 @@ class ReferenceOptions:
     new_tokens: int = option(32, "How far each prompt is continued.", unit="tokens", ge=1)
     seed: int = option(0, "Seed of random inputs.", ge=0)
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
+    streamed: bool = option(
+        False, "Read each layer's weights as the pass arrives there: for decoders whose weights do not fit in memory."
+    )
     threads: int = option(4, "Threads of torch. Fixed and not the machine's: the last bits depend on it.", ge=1)
 
 
@@ -37,11 +40,21 @@ def run(inputs: Inputs, options: ReferenceOptions, out: Path, progress: Progress
     reference_run.run(inputs, options, out, progress)
 
 
+LOADED = holding(450, weights=1.7, logits=3)
+STREAMED = holding(450, largest=1.2, layer=2.5, logits=30)
+"""Eight samples go side by side."""
+
+
+def need(options: ReferenceOptions, size: Size) -> int:
+    """What the process holds: the model, or a layer of it."""
+    return (STREAMED if options.streamed else LOADED)(options, size)
+
+
 STAGE = Stage(
     "reference",
     run,
     version=1,
     tools=("torch", "transformers", "tokenizers", "numpy"),
     scope="isa",
-    memory=holding(450, weights=1.7, logits=3),
+    memory=need,
 )

@@ -41,6 +41,8 @@ class Reference:
     pad: int | None
     start: int | None
     """What the decoder of an encoder-decoder begins with."""
+    convoy: Any = None
+    """reference_stream.Convoy, where the model's weights are read as they are needed."""
 
     @property
     def special(self) -> tuple[int, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from pipeline.stages import samples as text
 from pipeline.stages.reference import ReferenceOptions
 from pipeline.stages.reference_inputs import Array, Reference, Sample
 from pipeline.step import Inputs, Progress
+
+T = TypeVar("T")
 
 # Outputs of encoders with one row for each input token; they are padded as the inputs are.
 _TOKEN_OUTPUTS = {
@@ -72,10 +75,16 @@ def run(inputs: Inputs, options: ReferenceOptions, out: Path, progress: Progress
 
 def load(folder: Path, options: ReferenceOptions) -> Reference:
     """Load a checkpoint. Raises RecipeError or StageError for one that this stage cannot run."""
-    from pipeline.stages.tasks import infer_task, kind_of, load_model
+    from pipeline.stages import reference_stream
+    from pipeline.stages.tasks import check_tokenizer, infer_task, kind_of, load_model
 
     task = options.task or infer_task(folder)
-    model = load_model(folder, task, trust_remote_code=options.trust_remote_code)
+    convoy = None
+    if options.streamed:
+        check_tokenizer(folder, task)
+        model, convoy = reference_stream.load(folder)
+    else:
+        model = load_model(folder, task, trust_remote_code=options.trust_remote_code)
     generation = getattr(model, "generation_config", None)
 
     def token(name: str) -> Any:
@@ -95,7 +104,13 @@ def load(folder: Path, options: ReferenceOptions) -> Reference:
         eos=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
         pad=token("pad_token_id"),
         start=token("decoder_start_token_id"),
+        convoy=convoy,
     )
+
+
+def each(reference: Reference, works: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """The results of forward passes, in order: one after the other, or side by side where weights are read anew."""
+    return reference.convoy.run(works) if reference.convoy else (work() for work in works)
 
 
 def forward(reference: Reference, sample: Mapping[str, Array], pooling: Pooling | None, where: str) -> Sample:
@@ -169,9 +184,10 @@ def _write_outputs(
     tokens = lengths.get("decoder_input_ids", lengths.get("input_ids"))
     writers: dict[str, NpyWriter] = {}
     with ExitStack() as stack:
-        for index, sample in enumerate(samples):
-            progress(index, len(samples), "samples")
-            for name, array in forward(reference, sample, pooling, f"sample {index}").items():
+        works = [partial(forward, reference, sample, pooling, f"sample {i}") for i, sample in enumerate(samples)]
+        progress(0, len(samples), "samples")
+        for index, found in enumerate(each(reference, works)):
+            for name, array in found.items():
                 if name not in writers:
                     shape = array.shape
                     if tokens and (reference.kind != "encoder" or name in _TOKEN_OUTPUTS.get(reference.task, ())):
@@ -180,7 +196,7 @@ def _write_outputs(
                     file = NpyWriter(out / f"outputs.{name}.npy", (len(samples), *shape), np.float32)
                     writers[name] = stack.enter_context(file)
                 writers[name].append(array)
-    progress(len(samples), len(samples), "samples")
+            progress(index + 1, len(samples), "samples")
     return list(writers), lengths
 
 
@@ -201,10 +217,11 @@ def _write_greedy(
         )
     else:
         starts = list(samples[: options.prompt_count])
+    works = [partial(greedy_decode, reference, start, options.new_tokens) for start in starts]
     tokens = []
-    for index, start in enumerate(starts):
-        progress(index, len(starts), "greedy continuations")
-        tokens.append(greedy_decode(reference, start, options.new_tokens))
+    for continued in each(reference, works):
+        tokens.append(continued)
+        progress(len(tokens), len(starts), "greedy continuations")
     write_json(out / "greedy.json", {"prompts": prompts, "new_tokens": options.new_tokens, "tokens": tokens})
 
 

@@ -14,6 +14,7 @@ from pipeline.errors import UnavailableError
 from pipeline.hardware import Hardware, Verdict
 from pipeline.pin import Locked
 from pipeline.recipe import Recipe, TargetOptions
+from pipeline.size import LARGE, Size
 from pipeline.step import Step
 
 GROUP = "enginewright.targets"
@@ -30,6 +31,12 @@ class Job:
     kind: Kind
     config: Mapping[str, Any]
     """The model's config.json."""
+    size: Size
+
+    @property
+    def large(self) -> bool:
+        """Whether the model, in fp32, is more than a machine should have to hold."""
+        return self.kind == "decoder" and self.size.weights > LARGE
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from pipeline.errors import StageError, UnavailableError
 from pipeline.recipe import Task
 from pipeline.stages import golden, measure, reference
+from pipeline.stages.llm_family import read_family
 from pipeline.step import Stage, Step
 from pipeline.targets import Job
 
@@ -34,8 +36,17 @@ def reference_steps(job: Job) -> tuple[Step, ...]:
         new_tokens=parity.new_tokens,
         seed=parity.seed,
         trust_remote_code=job.recipe.model.trust_remote_code,
+        streamed=job.large and _streams(job.config),
     )
     return (*data, Step("reference", reference.STAGE, options, needs))
+
+
+def _streams(config: Mapping[str, Any]) -> bool:
+    """Whether its layers can be read one at a time: families whose tensors are known, without experts."""
+    try:
+        return read_family(config).experts == 0
+    except (UnavailableError, StageError):
+        return False
 
 
 LOADED = {"int8": 0.6, "int4": 0.4}

@@ -93,7 +93,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     stage = PARITY_CUDA if gpu else PARITY
     settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
     unquantized: tuple[Step, ...] = ()
-    if options.precision in ("int8", "int4") and not gpu:
+    if options.precision in ("int8", "int4") and not gpu and (not job.large or options.unquantized_gates):
         plain = _weights("unquantized", options, precision="fp32")
         unquantized = (plain, parity_step(stage, OPENER, settings, engine="unquantized"))
     return (

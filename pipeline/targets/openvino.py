@@ -118,8 +118,11 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
         compiled = (Step("engine", openvino_compile.STAGE, told, {"ir": "ir"}),)
     judged: tuple[Step, ...] = ()
     plain = {"device": "CPU", "threads": settings.threads, **PLAIN}
-    if unquantized:
-        judged = (*unquantized, parity_step(PARITY, OPENER, plain, engine="unquantized"))
+    compared = not job.large or bool(options.unquantized_gates)
+    if unquantized and (compared or any("unquantized" in step.needs.values() for step in made)):
+        judged = unquantized
+    if unquantized and compared:
+        judged += (parity_step(PARITY, OPENER, plain, engine="unquantized"),)
     executed = {key: getattr(settings, key) for key in PLAIN}
     ends: tuple[Step, ...] = ()
     if executed != dict(PLAIN):

@@ -119,4 +119,4 @@ def test_formulas() -> None:
     need = holding(1, weights=2, largest=1, layer=1, logits=3)
     assert need(Options, size) == 10**6 + 10**9 + 10**8 + 10**7 + 30_000
     assert placing(Options, size) == 170_000_000  # streamed
-    assert placing(Options, replace(size, weights=10**8)) == 254_000_000  # in memory
+    assert placing(Options, replace(size, weights=10**8)) == 178_400_000  # in memory

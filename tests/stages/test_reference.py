@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.errors import RecipeError, StageError
 from pipeline.parity.pooling import read_pooling
 from pipeline.parity.stored import Stored
 from pipeline.stages import reference_run as reference
+from pipeline.stages import reference_stream
 from pipeline.stages.reference import ReferenceOptions, run
 from pipeline.stages.samples import load_encoder
 from pipeline.step import silent
@@ -320,3 +323,53 @@ def test_nan_in_the_weights_is_named(folder: Callable[..., Path], tmp_path: Path
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(StageError, match=r"model.layers.0.mlp.up_proj.weight"):
         build(tmp_path / "out", path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_read_layer_by_layer_gives_the_same_bytes(
+    name: str, dtype: str, folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """More samples than go side by side, prompts that end at different times, and weights that are gone in between."""
+    model = folder(name, dtype=dtype, shard="50KB")
+    told = {"samples": 10, "length": 16, "prompt_count": 9, "new_tokens": 12}
+    build(tmp_path / "loaded", model, **told)
+    build(tmp_path / "streamed", model, streamed=True, **told)
+    for file in sorted(path.name for path in (tmp_path / "loaded").iterdir()):
+        assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "loaded" / file).read_bytes(), file
+
+
+def test_an_error_of_one_pass_ends_them_all(folder: Callable[..., Path]) -> None:
+    model, convoy = reference_stream.load(folder("llama"))
+
+    def work(number: int) -> int:
+        ids = torch.tensor([[number]])
+        if number == 5:
+            raise ZeroDivisionError("a bug")
+        return int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(convoy.run([partial(work, number) for number in range(8)]))
+    assert len(list(convoy.run([partial(work, number) for number in range(4)]))) == 4
+
+
+def test_one_layer_is_held_at_a_time(folder: Callable[..., Path]) -> None:
+    model, convoy = reference_stream.load(folder("llama"))
+    held: list[int] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda *_: held.append(sum(p.device.type == "cpu" for p in model.model.layers.parameters()))
+        )
+    list(convoy.run([partial(model, input_ids=torch.tensor([[1, 2]]), use_cache=False) for _ in range(3)]))
+    assert set(held) == {sum(1 for _ in model.model.layers[0].parameters())}
+    assert all(p.device.type == "meta" for p in model.model.layers.parameters())
+
+
+def test_a_tensor_that_is_missing_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageError, match=r"no tensor 'model.layers.1.mlp.up_proj.weight'"):
+        build(tmp_path / "out", model, streamed=True)

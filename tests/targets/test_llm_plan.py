@@ -14,6 +14,7 @@ from pipeline.parity.gates import metrics
 from pipeline.pin import Locked
 from pipeline.plain import from_plain
 from pipeline.recipe import Data, Model, Recipe
+from pipeline.size import Size
 from pipeline.source import Source
 from pipeline.step import Step
 from pipeline.targets import Job
@@ -34,7 +35,7 @@ def planned(runtime: str, on: str = "host", config: dict[str, Any] | None = None
     source = Source(uri="m", revision=None, files=())
     held = {**CONFIG, **(config or {})}
     sources = Locked(model=source, data={"calibration": source}, config=held)
-    job = Job(recipe=recipe, sources=sources, task="text-generation", kind="decoder", config=held)
+    job = Job(recipe=recipe, sources=sources, task="text-generation", kind="decoder", config=held, size=Size(0, 0, 0))
     return target.steps(job, "t", parsed, hardware.load(on))
 
 
