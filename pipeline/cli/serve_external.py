@@ -16,12 +16,16 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.errors import StageError, UnavailableError
+from pipeline.errors import RecipeError, StageError, UnavailableError
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
 _VLLM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 """What `vllm serve` runs. The wheels for CPUs have another name, and their `vllm` looks for its own in vain."""
+
+
+FIRST_TOKEN_S = 900
+END_S = 30
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,12 @@ def handle(artifact: Path, manifest: dict[str, Any], asked: Asked) -> int:
 
         click.echo(shlex.join(command))
         return 0
-    return _start(command, found.framework, f"http://{asked.host}:{asked.port}", found.name)
+    if asked.port == 0:
+        raise RecipeError(
+            f"--port 0: {found.framework}'s server would choose a port, and say it to nobody", hint="name a free port"
+        )
+    host = f"[{asked.host}]" if ":" in asked.host else asked.host
+    return _start(command, found.framework, f"http://{host}:{asked.port}", found.name)
 
 
 def _bound(command: list[str], asked: Asked) -> list[str]:
@@ -104,24 +113,43 @@ def _start(command: list[str], framework: str, address: str, name: str) -> int:
     command = _installed(command, framework)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(command, env=environment)
+    asked_to_end: list[int] = []
 
     def passed_on(number: int, frame: Any) -> None:
+        asked_to_end.append(number)
         process.send_signal(number)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, passed_on)
-    probe = subprocess.Popen([sys.executable, str(PROBE), "wait", address, "900"], stdout=subprocess.DEVNULL)
-    while probe.poll() is None:
-        try:
+    wait_s = os.environ.get("ENGINEWRIGHT_FIRST_TOKEN_S", str(FIRST_TOKEN_S))
+    probe = subprocess.Popen([sys.executable, str(PROBE), "wait", address, wait_s], stdout=subprocess.DEVNULL)
+    while probe.poll() is None and process.poll() is None and not asked_to_end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-        probe.kill()
-        raise StageError(f"{framework}'s server ended with exit code {process.returncode} before its first token")
-    if probe.returncode == 0:
+    if probe.poll() == 0:
         click.echo(f"{name} is served at {address}", err=True)
+    elif process.poll() is None and not asked_to_end:  # it lives, and no token has come
+        _end(process)
+        raise StageError(
+            f"{framework}'s server gave no token within {wait_s} s, and was ended",
+            hint="what it said is above; ENGINEWRIGHT_FIRST_TOKEN_S gives a large model longer",
+        )
+    elif not asked_to_end:
+        _end(probe)
+        raise StageError(f"{framework}'s server ended with exit code {process.returncode} before its first token")
+    _end(probe)
     code = process.wait()
-    return 0 if code in (0, -signal.SIGTERM, -signal.SIGINT) else 3
+    return 0 if asked_to_end or code == 0 else 3
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, and make it."""
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _installed(command: list[str], framework: str) -> list[str]:

@@ -39,6 +39,8 @@ class Server:
     """Path that says so; empty: one real token is asked for."""
     mount: str = "/model"
     gpus: int = 0
+    size_bytes: int = 0
+    """Of the artifact: less memory than that serves nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +78,7 @@ def server(manifest: Mapping[str, Any], framework: str = "", image: str = "") ->
         framework=asked, name=name, command=command, arguments=arguments, image=image, port=int(told["port"]),
         live=told["live"], ready=told.get("ready", ""), mount=told.get("mount", "/model").format(name=name),
         gpus=_gpus(command) if kind == "cuda" else 0, environment=told.get("environment", {}),
+        size_bytes=sum(int(file["size"]) for file in manifest.get("files", ())),
     )  # fmt: skip
 
 

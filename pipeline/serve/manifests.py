@@ -10,6 +10,9 @@ from pipeline.serve.external import Server
 
 START_S = 600
 """A large model may take so long to load."""
+REQUEST_SHARE, REQUEST_BYTES = 1.3, 512 << 20
+"""What a pod asks for of memory: what its files take, a little more, and a runtime. No limit is set: caches grow with
+the load, and a limit kills what serves."""
 
 
 def compose(server: Server, artifact: Path) -> dict[str, Any]:
@@ -27,7 +30,8 @@ def compose(server: Server, artifact: Path) -> dict[str, Any]:
         device = {"driver": "nvidia", "count": server.gpus, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
         service["ipc"] = "host"  # ranks talk through shared memory
-    return {"name": label(server.name), "services": {label(server.framework): service}}
+    # Without a `name`: docker-compose before version 2 knows none.
+    return {"services": {label(f"{server.name}-{server.framework}"): service}}
 
 
 def kubernetes(server: Server, claim: str) -> list[dict[str, Any]]:
@@ -49,8 +53,10 @@ def kubernetes(server: Server, claim: str) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = [
         {"name": "artifact", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
     ]
+    memory = (int(server.size_bytes * REQUEST_SHARE) + REQUEST_BYTES) >> 20
+    container["resources"] = {"requests": {"cpu": "1", "memory": f"{memory}Mi"}}
     if server.gpus:
-        container["resources"] = {"limits": {"nvidia.com/gpu": server.gpus}}
+        container["resources"]["limits"] = {"nvidia.com/gpu": server.gpus}
         container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     deployment = {

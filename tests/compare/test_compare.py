@@ -141,34 +141,34 @@ def test_the_report_in_a_browser(width: int, dark: bool, built: Path, tmp_path: 
     if not browser:
         assert not os.environ.get("CI"), "CI has no chromium: see ci/debian-packages"
         pytest.skip("no chromium here")
-    probe = """<script>addEventListener('load',()=>{document.body.dataset.wide=document.documentElement.scrollWidth;
-    document.body.dataset.paper=getComputedStyle(document.body).backgroundColor})</script></body>"""
+    probe = """<script>addEventListener('load',()=>parent.postMessage({wide:document.documentElement.scrollWidth,
+    inner:innerWidth, paper:getComputedStyle(document.body).backgroundColor},'*'))</script></body>"""
     file = tmp_path / "report.html"
     file.write_text(compare(built, "--format", "html").replace("</body>", probe))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     flags += ["--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    frame = tmp_path / "frame.html"  # the window is never narrower than 500 px, a frame may be
-    frame.write_text(f'<body style="margin:0"><iframe src="report.html" width="{width}" height="900" id="f"></iframe>')
+    frame = tmp_path / "frame.html"  # a window is never narrower than 500 px, a frame is as narrow as a phone
+    frame.write_text(
+        f'''<body style="margin:0"><iframe src="report.html" width="{width}" height="900" frameborder="0"></iframe>
+        <script>addEventListener('message',event=>Object.assign(document.body.dataset,event.data))</script></body>'''
+    )
     shot = tmp_path / "shot.png"
     size = f"--window-size={max(width, 500)},900"
     done = subprocess.run(
-        [browser, *flags, size, f"--screenshot={shot}", file.as_uri()], capture_output=True, text=True, check=True,
+        [browser, *flags, size, f"--screenshot={shot}", frame.as_uri()], capture_output=True, text=True, check=True,
         timeout=120,
     )  # fmt: skip
     assert shot.stat().st_size > 10_000
     assert "CONSOLE" not in done.stderr, done.stderr
-    if width >= 500:
-        return
     dumped = subprocess.run(
-        [browser, *flags, f"--window-size={width},900", "--dump-dom", file.as_uri()], capture_output=True, text=True,
-        check=True, timeout=120,
-    )  # fmt: skip
+        [browser, *flags, size, "--dump-dom", frame.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
     assert "CONSOLE" not in dumped.stderr, dumped.stderr
-    wide = re.search(r'data-wide="(\d+)"', dumped.stdout)
-    paper = re.search(r'data-paper="rgb\((\d+)', dumped.stdout)
-    assert wide and int(wide[1]) <= max(width, 500)
-    assert paper and (int(paper[1]) < 80) == dark
+    told = dict(re.findall(r'data-(wide|inner|paper)="(?:rgb\()?(\d+)', dumped.stdout))
+    assert int(told["inner"]) == width
+    assert int(told["wide"]) <= width
+    assert (int(told["paper"]) < 80) == dark
 
 
 @pytest.mark.parametrize(

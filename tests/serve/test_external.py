@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.e2e.harness import BIN, DATA, MODEL, command, environment
+from tests.registry.server import program
 
 RECIPE = f"""\
 name: elsewhere
@@ -83,8 +84,7 @@ def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tu
     assert port.startswith("127.0.0.1:")
     assert service["volumes"][0]["source"] == str(made / target) and service["volumes"][0]["read_only"]
     assert all(word in text for word in words), text
-    if shutil.which("docker-compose"):
-        subprocess.run(["docker-compose", "-f", "-", "config", "-q"], input=text, text=True, check=True)
+    subprocess.run([program("docker-compose"), "-f", "-", "config", "-q"], input=text, text=True, check=True)
     deployment, of_service = yaml.safe_load_all(serve(made / target, "--kubernetes", "--claim", "models", *options))
     for each in (deployment, of_service):
         kubernetes_validate.validate(each, "1.33", strict=True)
@@ -92,7 +92,10 @@ def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tu
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "models"
     assert of_service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
     assert of_service["spec"]["ports"][0]["targetPort"] == pod["containers"][0]["ports"][0]["name"]
-    limits = pod["containers"][0].get("resources", {}).get("limits", {})
+    asked = pod["containers"][0]["resources"]["requests"]
+    held = sum(file["size"] for file in json.loads((made / target / "manifest.json").read_text())["files"])
+    assert int(asked["memory"].removesuffix("Mi")) << 20 > held
+    limits = pod["containers"][0]["resources"].get("limits", {})
     assert limits == (
         {"nvidia.com/gpu": {"vllm": 2, "turbomind": 1}[target]} if target in ("vllm", "turbomind") else {}
     )
@@ -105,6 +108,7 @@ def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tu
         ("gguf", ("--framework", "llama-server", "--compose"), 64, "name one with --image"),
         ("openvino", ("--framework", "ovms"), 5, "is started in a container"),
         ("turbomind", (), 5, "lmdeploy is not installed here"),
+        ("vllm", ("--port", "0"), 64, "name a free port"),
     ],
 )
 def test_what_cannot_be_served(target: str, options: tuple[str, ...], code: int, words: str, made: Path) -> None:
@@ -115,11 +119,14 @@ def test_what_cannot_be_served(target: str, options: tuple[str, ...], code: int,
 
 
 STAND_IN = """#!{python}
-import json, signal, sys
+import json, signal, socket, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if "dies" in sys.argv[0]:
     sys.exit(7)
+if "loads" in sys.argv[0]:
+    print("loading", file=sys.stderr, flush=True)
+    while True: signal.pause()
 class Answer(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def answer(self, body):
@@ -128,14 +135,25 @@ class Answer(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.answer({{"choices": [{{"text": "x", "finish_reason": "length"}}]}})
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
+class Server(HTTPServer):
+    address_family = socket.AF_INET6 if ":" in sys.argv[sys.argv.index("--host") + 1] else socket.AF_INET
+Server((sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
 """
 
 
-def start(artifact: Path, place: Path, port: int) -> subprocess.Popen[str]:
-    argv = [sys.executable, str(BIN / "enginewright"), "serve", str(artifact), "--port", str(port)]
+def start(artifact: Path, place: Path, port: int, *more: str, **env: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, str(BIN / "enginewright"), "serve", str(artifact), "--port", str(port), *more]
     path = f"{place}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**environment(), "PATH": path})
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**environment(), "PATH": path, **env})
+
+
+def stand_in(place: Path) -> Path:
+    """A folder with a program in vLLM's place; its name says how the program behaves."""
+    place.mkdir()
+    program = place / "vllm"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    return place
 
 
 def free_port() -> int:
@@ -149,12 +167,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("dies", [False, True])
 def test_another_server_is_started_and_ended(dies: bool, made: Path, tmp_path: Path) -> None:
     """A program in vLLM's place: what is waited for, told and passed on. The opt-in below asks vLLM itself."""
-    place = tmp_path / ("dies" if dies else "bin")
-    place.mkdir()
-    program = place / "vllm"
-    program.write_text(STAND_IN.format(python=sys.executable))
-    program.chmod(0o755)
-    server = start(made / "vllm", place, free_port())
+    server = start(made / "vllm", stand_in(tmp_path / ("dies" if dies else "bin")), free_port())
     assert server.stderr
     line = server.stderr.readline()
     if dies:
@@ -162,6 +175,32 @@ def test_another_server_is_started_and_ended(dies: bool, made: Path, tmp_path: P
         assert server.wait(30) == 3
         return
     assert " is served at http://127.0.0.1:" in line
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+
+
+def test_it_may_be_ended_while_it_loads(made: Path, tmp_path: Path) -> None:
+    server = start(made / "vllm", stand_in(tmp_path / "loads"), free_port())
+    assert server.stderr
+    assert server.stderr.readline() == "loading\n"
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    assert not server.stderr.read()
+
+
+def test_a_server_that_gives_no_token_is_ended(made: Path, tmp_path: Path) -> None:
+    server = start(made / "vllm", stand_in(tmp_path / "loads"), free_port(), ENGINEWRIGHT_FIRST_TOKEN_S="2")
+    assert server.stderr
+    said = server.stderr.read()
+    assert server.wait(60) == 3
+    assert "gave no token within 2 s, and was ended" in said
+    assert "ENGINEWRIGHT_FIRST_TOKEN_S" in said
+
+
+def test_an_address_of_ip_version_6(made: Path, tmp_path: Path) -> None:
+    server = start(made / "vllm", stand_in(tmp_path / "bin"), free_port(), "--host", "::1")
+    assert server.stderr
+    assert " is served at http://[::1]:" in server.stderr.readline()
     server.send_signal(signal.SIGTERM)
     assert server.wait(30) == 0
 
