@@ -54,15 +54,21 @@ def run(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], lo
     )
 
 
-def disk_bytes(folders: Iterable[Path]) -> int:
-    """Blocks in use below the folders. A file under several names (hard links) is counted once."""
+def blocks(folders: Iterable[Path]) -> dict[tuple[int, int], int]:
+    """Bytes in use below the folders, by file: one under several names (hard links) is one file."""
     seen: dict[tuple[int, int], int] = {}
     for folder in folders:
         for path in folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 stat = path.stat()
                 seen[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
-    return sum(seen.values())
+    return seen
+
+
+def disk_bytes(folders: Iterable[Path], beside: Iterable[Path] = ()) -> int:
+    """Blocks in use below the folders. What lies `beside` under another name, the model itself, takes no room here."""
+    foreign = blocks(beside).keys()
+    return sum(size for file, size in blocks(folders).items() if file not in foreign)
 
 
 def median(costs: Sequence[Cost]) -> dict[str, Any]:

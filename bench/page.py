@@ -35,14 +35,15 @@ How to read it:
 * **CPU s** is user + system time of the whole process tree, the median of the runs with the smallest and the largest
   behind it. It is the figure to compare: wall time grows when others use the machine, CPU time hardly does.
 * **Peak** is the resident memory of the largest process. **Disk** is what the job's folder held at the end, cache and
-  result together, hard links counted once; **result** is the finished model alone.
+  result together, hard links counted once and those to the model's own files not at all; **result** is the finished
+  model alone.
 * **×** is CPU time over that of {OURS}'s whole build: above 1, {OURS} is faster.
 * {OURS}'s **whole build** also runs the source checkpoint in torch at fp32 on held-out text, compares the engine with
   it, judges the gates, keeps golden inputs and writes a manifest. No peer does this by default: Optimum compares one
   random batch and warns, Olive and GenAI's builder compare nothing. **Build steps alone** is the same run without the
   CPU time of the steps that prove (`reference`, `parity`, `golden`, and the unquantized engine that is held against the
-  reference before int8 or int4), and the peak of the others. The command, which plans, starts the steps and packages,
-  is in both.
+  reference before int8 or int4), and the peak and the disk of the others. The command, which plans, starts the steps
+  and packages, is in both.
 
 What is not comparable:
 
@@ -97,7 +98,7 @@ def build_rows(job: Figures) -> list[list[str]]:
                         f"{alone['cpu_s'] / whole['cpu_s']:.2g}",
                         "",
                         megabytes(alone["peak_bytes"]),
-                        "",
+                        megabytes(alone["disk_bytes"]) if "disk_bytes" in alone else "",
                         "",
                         "",
                     ]

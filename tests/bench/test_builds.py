@@ -82,13 +82,14 @@ def test_medians_by_phase_with_the_build_steps_alone() -> None:
     import measure
 
     def repetition(cpu_s: float, proof: float) -> dict[str, object]:
-        events = {"proof_cpu_s": proof, "build_peak_bytes": 70, "steps": {}, "exports": 1}
+        events = {"proof_cpu_s": proof, "build_peak_bytes": 70, "build_disk_bytes": 8, "steps": {}, "exports": 1}
         return {"cold": {"cost": measure.Cost(cpu_s, 1, 500, 0), "disk_bytes": 9, "output_bytes": 8, "events": events}}
 
     figures = builds.gather([repetition(10, 6), repetition(12, 7), repetition(11, 5)])["cold"]
     assert figures["cpu_s"] == 11
     assert figures["build_only"]["cpu_s"] == 5
     assert figures["build_only"]["peak_bytes"] == 70
+    assert figures["build_only"]["disk_bytes"] == 8
     assert figures["disk_bytes"] == 9
 
 
@@ -99,3 +100,25 @@ def test_parameters_are_read_from_the_headers(tmp_path: Path) -> None:
     save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}, tmp_path / "one.safetensors")
     save_file({"c": np.zeros((), np.float32)}, tmp_path / "two.safetensors")
     assert inputs.parameters(tmp_path) == 3 * 5 + 7 + 1
+
+
+def test_what_building_takes_on_disk(tmp_path: Path) -> None:
+    """The artifact and what the building steps left in the store: neither what proved it, nor the model's own files."""
+    import measure
+
+    for name, size in (
+        ("inputs/weights", 8192),
+        ("cache/results/engine-1/out", 4096),
+        ("cache/results/parity-1/x", 4096),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "engine").hardlink_to(tmp_path / "cache/results/engine-1/out")
+    (tmp_path / "out" / "weights").hardlink_to(tmp_path / "inputs/weights")
+    steps = (("t/engine", "engine-1"), ("t/parity", "parity-1"))
+    text = "\n".join(json.dumps({"event": "done", "step": step, "key": key}) for step, key in steps)
+    made = builds.results_of_building(tmp_path, text)
+    assert made == [tmp_path / "cache/results/engine-1"]
+    assert measure.disk_bytes([tmp_path / "out", *made], [tmp_path / "inputs"]) == 4096
+    assert measure.disk_bytes([tmp_path / "out", tmp_path / "cache"], [tmp_path / "inputs"]) == 8192
