@@ -24,6 +24,7 @@ from typing import Any
 import environments
 import machine
 import measure
+import sections
 from machine import ROOT
 from tables import megabytes, table
 
@@ -46,7 +47,6 @@ a, b = read_tensors(ours), read_tensors(theirs)
 equal = sum(name in b and a[name].type == b[name].type and a[name].read(ours) == b[name].read(theirs) for name in a)
 print(equal, len(a), len(b))
 """
-BEGIN, END = "<!-- gguf: begin -->", "<!-- gguf: end -->"
 
 
 def measured(*argv: object) -> dict[str, Any]:
@@ -59,16 +59,9 @@ def measured(*argv: object) -> dict[str, Any]:
     return {"cpu_s": round(cost.cpu_s, 1), "wall_s": round(cost.wall_s, 1), "peak_bytes": cost.peak_bytes}
 
 
-def write(result: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    """Replace the section in the page of benchmarks, or put it before its list of versions."""
-    text = file.read_text("utf-8")
-    made = f"{BEGIN}\n{section(result)}{END}\n"
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + made.rstrip() + text[text.index(END) + len(END) :]
-    else:
-        place = text.index("## Versions")
-        text = f"{text[:place]}{made}\n{text[place:]}"
-    file.write_text(text, "utf-8")
+def write(result: Mapping[str, Any], file: Path = sections.PAGE) -> None:
+    """Replace the section in the page of benchmarks, or put it there."""
+    sections.put("gguf", section(result), file)
 
 
 def section(result: Mapping[str, Any]) -> str:

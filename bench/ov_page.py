@@ -6,23 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT
+import sections as sections_of
 from tables import megabytes, ranged, table
 
-BEGIN, END = "<!-- openvino: begin -->", "<!-- openvino: end -->"
 METRICS = ("kld_mean", "top1", "perplexity_ratio")
 
 
-def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    """Replace the section in the page, or put it before its list of versions."""
-    text = file.read_text("utf-8")
-    section = f"{BEGIN}\n{sections(document)}\n{END}\n"
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + section.rstrip() + text[text.index(END) + len(END) :]
-    else:
-        place = text.index("## Versions")
-        text = f"{text[:place]}{section}\n{text[place:]}"
-    file.write_text(text, "utf-8")
+def write(document: Mapping[str, Any], file: Path = sections_of.PAGE) -> None:
+    """Replace the section in the page, or put it there."""
+    sections_of.put("openvino", sections(document), file)
 
 
 def sections(document: Mapping[str, Any]) -> str:

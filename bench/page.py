@@ -16,6 +16,7 @@ import environments
 import jobs
 import ov_page
 import plots
+import sections
 import transfer_page
 import trt_page
 from jobs import GENAI, OLIVE, OPTIMUM, OURS
@@ -404,7 +405,10 @@ def main() -> int:
     if builds is None:
         raise SystemExit("there are no figures yet: run bench/builds.py")
     path: Path = DOCS / "benchmarks.md"
+    before = sections.kept(path.read_text("utf-8")) if path.exists() else {}
     path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
+    for name, content in before.items():
+        sections.put(name, content, path)
     if openvino := _read("openvino.json"):
         ov_page.write(openvino, path)
     if transfer := _read("transfer.json"):

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import sections as sections_of
 from machine import ROOT
 from tables import ranged, table
-
-BEGIN, END = "<!-- registries: begin -->", "<!-- registries: end -->"
 
 ABOUT = """\
 One file of random bytes through docker-registry on loopback, Enginewright beside curl and oras-py in one run; the order
@@ -22,16 +21,9 @@ receives, and its pull ends with the file on disk (fsync). oras-py hashes what i
 curl hashes nothing (the digest is given to it); neither waits for the disk. The start of Python is in the figures."""
 
 
-def write(document: Mapping[str, Any], file: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    """Replace the section in the page, or put it before its list of versions."""
-    text = file.read_text("utf-8")
-    section = f"{BEGIN}\n{sections(document)}\n{END}\n"
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + section.rstrip() + text[text.index(END) + len(END) :]
-    else:
-        place = text.index("## Versions")
-        text = f"{text[:place]}{section}\n{text[place:]}"
-    file.write_text(text, "utf-8")
+def write(document: Mapping[str, Any], file: Path = sections_of.PAGE) -> None:
+    """Replace the section in the page, or put it there."""
+    sections_of.put("registries", sections(document), file)
 
 
 def sections(document: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.recipe import Task
+from pipeline.recipe import TargetOptions, Task
 from pipeline.stages import golden, measure, reference
 from pipeline.stages.llm_family import read_family
 from pipeline.step import Stage, Step
@@ -39,6 +39,11 @@ def reference_steps(job: Job) -> tuple[Step, ...]:
         streamed=job.large and _streams(job.config),
     )
     return (*data, Step("reference", reference.STAGE, options, needs))
+
+
+def compares_unquantized(job: Job, options: TargetOptions) -> bool:
+    """Whether the engine is also held against the reference before it is quantized: a large one, if it is asked for."""
+    return not job.large or bool(options.unquantized_gates)
 
 
 def _streams(config: Mapping[str, Any]) -> bool:

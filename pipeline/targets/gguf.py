@@ -20,7 +20,14 @@ from pipeline.stages import gguf_build, gguf_imatrix, gguf_native, measure
 from pipeline.stages.gguf_build import KV, BuildOptions, Label, Layout
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
-from pipeline.targets.common import fetch_data, fetch_model, golden_step, parity_step, reference_steps
+from pipeline.targets.common import (
+    compares_unquantized,
+    fetch_data,
+    fetch_model,
+    golden_step,
+    parity_step,
+    reference_steps,
+)
 
 EXTRA = "gguf"
 OPENER = "pipeline.targets.gguf_engine:open_engine"
@@ -146,7 +153,9 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
         {"model": "model"},
     )
     parity, parity_gpu = PARITIES[gguf_native.installed()]
-    structure = (plain, parity_step(parity, OPENER, {"threads": options.threads}, engine="unquantized"))
+    structure: tuple[Step, ...] = ()
+    if compares_unquantized(job, options):
+        structure = (plain, parity_step(parity, OPENER, {"threads": options.threads}, engine="unquantized"))
     engine = _engine(job, options, told)
     if options.gpu_layers and not probe().devices:
         return (*common, *structure, *engine, golden_step(job))

@@ -28,7 +28,14 @@ from pipeline.stages import (
 from pipeline.stages.onnx_families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
-from pipeline.targets.common import fetch_data, fetch_model, golden_step, parity_step, reference_steps
+from pipeline.targets.common import (
+    compares_unquantized,
+    fetch_data,
+    fetch_model,
+    golden_step,
+    parity_step,
+    reference_steps,
+)
 from pipeline.targets.ort_settings import CPU, CUDA
 
 EXTRA = "onnxruntime"
@@ -93,7 +100,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     stage = PARITY_CUDA if gpu else PARITY
     settings = {"threads": options.threads, "provider": PROVIDERS[options.provider]}
     unquantized: tuple[Step, ...] = ()
-    if options.precision in ("int8", "int4") and not gpu and (not job.large or options.unquantized_gates):
+    if options.precision in ("int8", "int4") and not gpu and compares_unquantized(job, options):
         plain = _weights("unquantized", options, precision="fp32")
         unquantized = (plain, parity_step(stage, OPENER, settings, engine="unquantized"))
     return (

@@ -30,7 +30,14 @@ from pipeline.stages.onnx_families import read_decoder
 from pipeline.stages.openvino_settings import PLAIN, Execution, KvCache, Settings, computes_in
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
-from pipeline.targets.common import fetch_data, fetch_model, golden_step, parity_step, reference_steps
+from pipeline.targets.common import (
+    compares_unquantized,
+    fetch_data,
+    fetch_model,
+    golden_step,
+    parity_step,
+    reference_steps,
+)
 
 EXTRA = "openvino"
 OPENER = "pipeline.targets.ov_engine:open_engine"
@@ -70,8 +77,10 @@ class Options(TargetOptions):
         "torch's ONNX exporter and OpenVINO's reader. `auto`: direct if it can, else torch.",
     )
     device: Literal["cpu", "gpu", "npu"] = option("cpu", "OpenVINO's device.")
-    compile: bool = option(
-        True, "Put the compiled engine for this machine beside the IR, when it is built on such a machine."
+    compile: bool | None = option(
+        None,
+        "Put the compiled engine for this machine beside the IR, when it is built on such a machine. `null`: unless "
+        "the model takes more than 8 GiB in fp32, where OpenVINO's compiler would hold it three times in int4.",
     )
     tokenizer: bool = option(True, "Decoders: convert the tokenizer for LLMPipeline and Model Server.")
     threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
@@ -109,7 +118,8 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
     tokenizer = _tokenizer(job, options)
     common = (fetch_model(job), *reference_steps(job), *tokenizer, *_export(job, options))
     runs_here = _runs_here(settings, hardware)
-    compiles = options.compile and runs_here and hardware.isa == machines.probe().isa
+    wanted = not job.large if options.compile is None else options.compile
+    compiles = wanted and runs_here and hardware.isa == machines.probe().isa
     last = "ir" if compiles else "engine"
     unquantized, made = _made(job, options, settings, last, bool(tokenizer))
     compiled: tuple[Step, ...] = ()
@@ -118,7 +128,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
         compiled = (Step("engine", openvino_compile.STAGE, told, {"ir": "ir"}),)
     judged: tuple[Step, ...] = ()
     plain = {"device": "CPU", "threads": settings.threads, **PLAIN}
-    compared = not job.large or bool(options.unquantized_gates)
+    compared = compares_unquantized(job, options)
     if unquantized and (compared or any("unquantized" in step.needs.values() for step in made)):
         judged = unquantized
     if unquantized and compared:

@@ -27,15 +27,18 @@ CONFIG: dict[str, Any] = {
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 
-def planned(runtime: str, on: str = "host", config: dict[str, Any] | None = None, **options: Any) -> tuple[Step, ...]:
-    """The steps of one target of a recipe with calibration data."""
+def planned(
+    runtime: str, on: str = "host", config: dict[str, Any] | None = None, weights: int = 0, **options: Any
+) -> tuple[Step, ...]:
+    """The steps of one target of a recipe with calibration data; the model takes `weights` bytes in fp32."""
     target = targets.load(runtime)
     parsed = from_plain(target.Options, {"runtime": runtime, "hardware": on, **options})
     recipe = Recipe(name="x", model=Model(source="m"), targets={"t": parsed}, calibration=Data(path="c.txt"))
     source = Source(uri="m", revision=None, files=())
     held = {**CONFIG, **(config or {})}
     sources = Locked(model=source, data={"calibration": source}, config=held)
-    job = Job(recipe=recipe, sources=sources, task="text-generation", kind="decoder", config=held, size=Size(0, 0, 0))
+    size = Size(weights, weights // 8, weights // 4)
+    job = Job(recipe=recipe, sources=sources, task="text-generation", kind="decoder", config=held, size=size)
     return target.steps(job, "t", parsed, hardware.load(on))
 
 
@@ -164,3 +167,23 @@ def test_auto_is_decided_in_the_plan() -> None:
     assert (told.scheme.dtype, told.scheme.method) == ("bf16", "awq")
     moe = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2}
     assert options_of(planned("vllm", precision="int4", config=moe), "quantized").scheme.method == "rtn"
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "gguf"])
+def test_nothing_holds_the_whole_of_a_large_model(runtime: str) -> None:
+    """The reference is streamed; no fp32 engine is made to compare with, and no blob compiled, unless asked for."""
+    precision = "Q4_K_M" if runtime == "gguf" else "int4"
+    small = planned(runtime, precision=precision, weights=8 << 30)
+    assert "unquantized" in {step.name for step in small}
+    assert not options_of(small, "reference").streamed
+    large = planned(runtime, precision=precision, weights=9 << 30)
+    assert options_of(large, "reference").streamed
+    assert {"unquantized", "parity.unquantized"}.isdisjoint(step.name for step in large)
+    assert not any(step.stage.name == "openvino.compile" for step in large)
+    asked = planned(runtime, precision=precision, weights=9 << 30, unquantized_gates={"kld_mean": 1e-5})
+    assert {"unquantized", "parity.unquantized"} <= {step.name for step in asked}
+
+
+def test_a_large_model_of_an_unknown_kind_is_loaded_whole() -> None:
+    steps = planned("onnxruntime", config={"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, weights=9 << 30)
+    assert not options_of(steps, "reference").streamed

@@ -1,0 +1,152 @@
+"""A model that is larger than memory: int4 for ONNX Runtime and OpenVINO, and Olive's attempt at the same.
+
+    python bench/random_weights.py --preset llama-2-7b FOLDER
+    python bench/large.py --model FOLDER [--olive PYTHON]
+
+The whole build, proof included, with the peak memory of every step; two samples and two prompts prove it, for a
+forward pass of a 7B takes half a minute here. A build in .bench/large that ended well is not repeated. Figures go to
+.bench/large.json, and the section of docs/benchmarks.md is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import builds
+import environments
+import inputs
+import machine
+import measure
+import sections
+from tables import megabytes, table
+
+WORK = environments.HOME / "large"
+
+
+def recipe(model: Path) -> Path:
+    """Both targets; the gates are off, for the weights are random."""
+    gates = inputs.gates_off("text-generation", "int4")
+    content = {
+        "name": "large",
+        "model": {"source": str(model)},
+        "parity": {
+            "data": {"path": str(inputs.DATA / "pydoc-heldout.txt"), "samples": 2, "length": 64},
+            "prompt_count": 2,
+            "new_tokens": 4,
+        },
+        "targets": {
+            "ort": {"runtime": "onnxruntime", "precision": "int4", "gates": gates},
+            "ov": {"runtime": "openvino", "precision": "int4", "gates": gates},
+        },
+    }
+    path = WORK / "recipe.yaml"
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    return path
+
+
+def steps(model: Path) -> dict[str, dict[str, float]]:
+    """Label -> what a step took, from the events of the build."""
+    events, done = WORK / "events", WORK / "done"
+    if not done.exists():
+        script = str(Path(sys.executable).with_name("build"))
+        command = [script, str(recipe(model)), "--quiet", "--jobs", "1", "--memory", "30GB"]
+        command += ["--cache", str(WORK / "cache"), "--out", str(WORK / "out"), "--events", str(events)]
+        cost = measure.run(command, cwd=WORK, environment=builds.environment(), log=WORK / "log")
+        if cost.exit_code:
+            raise SystemExit(f"the build ended with {cost.exit_code}: see {WORK / 'log'}")
+        done.touch()
+    return dict(builds.split_events(events.read_text("utf-8"))["steps"])
+
+
+def olive(python: Path, model: Path) -> dict[str, Any]:
+    """Olive's model builder for int4. Should memory end, the kernel is told to end this process and no other."""
+    out = WORK / "olive"
+    shutil.rmtree(out, ignore_errors=True)
+    command = f'echo 1000 > /proc/self/oom_score_adj; exec "{python.parent / "olive"}" capture-onnx-graph '
+    command += f'-m "{model}" --use_model_builder --precision int4 -o "{out}"'
+    log = WORK / "olive.log"
+    log.unlink(missing_ok=True)
+    cost = measure.run(("sh", "-c", command), cwd=WORK, environment=builds.environment(), log=log)
+    made = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
+    found = {
+        **vars(cost),
+        "made_bytes": made,
+        "says": log.read_text("utf-8", "replace").strip().splitlines()[-1][-200:],
+    }
+    shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def section(document: Mapping[str, Any]) -> str:
+    """The page's section."""
+    told = document["machine"]
+    rows = [
+        [
+            step,
+            "proof" if builds.is_proof(step) else "build",
+            f"{row['cpu_s']:.0f}",
+            f"{row['wall_s']:.0f}",
+            megabytes(row["peak_bytes"]),
+        ]
+        for step, row in document["steps"].items()
+    ]
+    lines = [
+        "## A 7B on a machine of 24 GB",
+        "",
+        f"Measured by `bench/large.py` on {document['date']}, {told['processors']} processors of {told['arch']}, "
+        f"{told['memory_gb']} GB: a Llama of {document['parameters'] / 1e9:.1f} billion random weights, "
+        f"{document['size_bytes'] / 1e9:.1f} GB in bf16, to int4 for ONNX Runtime and OpenVINO. The reference, in "
+        "torch and fp32, reads a layer at a time; it would hold 27 GB otherwise. `ov/engine` is OpenVINO's own "
+        "compiler, which holds the model twice (`compile: false` leaves it to the machine that serves); the parity "
+        "steps are the runtimes' own memory.",
+        "",
+        table(("step", "", "CPU s", "wall s", "peak MB"), rows, right=2),
+        "",
+    ]
+    if peer := document.get("olive"):
+        end = "ended well" if peer["exit_code"] == 0 else f"ended with exit code {peer['exit_code']}"
+        lines += [
+            "Olive's attempt at int4 for ONNX Runtime "
+            "(`olive capture-onnx-graph --use_model_builder --precision int4`) "
+            f"{end} after {peer['cpu_s']:.0f} CPU s and {peer['wall_s']:.0f} s, with a peak of "
+            f"{megabytes(peer['peak_bytes'])} MB, and left {megabytes(peer['made_bytes'])} MB.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--olive", type=Path, help="an interpreter with Olive (default: make .bench/olive)")
+    parser.add_argument("--without-olive", action="store_true")
+    arguments = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    results, model = environments.HOME / "large.json", arguments.model.absolute()
+    document: dict[str, Any] = json.loads(results.read_text("utf-8")) if results.exists() else {}
+    document |= {
+        "machine": machine.describe(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "parameters": inputs.parameters(model),
+        "size_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "steps": steps(model),
+    }
+    results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if not arguments.without_olive:
+        os.sync()
+        document["olive"] = olive(arguments.olive or environments.make("olive"), model)
+        results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    sections.put("large", section(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
