@@ -15,7 +15,7 @@ from pipeline.pin import Locked
 from pipeline.plain import from_plain
 from pipeline.recipe import Data, Model, Recipe
 from pipeline.size import Size
-from pipeline.source import Source
+from pipeline.source import Source, SourceFile
 from pipeline.step import Step
 from pipeline.targets import Job
 
@@ -34,7 +34,8 @@ def planned(
     target = targets.load(runtime)
     parsed = from_plain(target.Options, {"runtime": runtime, "hardware": on, **options})
     recipe = Recipe(name="x", model=Model(source="m"), targets={"t": parsed}, calibration=Data(path="c.txt"))
-    source = Source(uri="m", revision=None, files=())
+    tokenizer = SourceFile(path="tokenizer.json", size=1, digest="sha256:" + "0" * 64)
+    source = Source(uri="m", revision=None, files=(tokenizer,))
     held = {**CONFIG, **(config or {})}
     sources = Locked(model=source, data={"calibration": source}, config=held)
     size = Size(weights, weights // 8, weights // 4)
