@@ -126,8 +126,8 @@ class RayRunner:
         except Exception as error:
             raise UnavailableError(
                 f"no Ray cluster answers at {found or 'this machine'}: {type(error).__name__}: {error}",
-                hint="`ray start --head` prints the address; `--on ray` without one starts a cluster here. RAY_AUTH_MODE must be "
-                "the cluster's: token, or disabled",
+                hint="`ray start --head` prints the address; `--on ray` without one starts a cluster here. "
+                "RAY_AUTH_MODE must be the cluster's: token, or disabled",
             ) from error
         try:
             yield ray
