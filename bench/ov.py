@@ -65,6 +65,7 @@ def build(model: str, python: Path, runs: int) -> dict[str, Any]:
     export += ["--weight-format", "int4", "--group-size", "128", "--ratio", "1.0", "out"]
     whole: list[measure.Cost] = []
     alone: list[measure.Cost] = []
+    bare: list[measure.Cost] = []
     peer: list[measure.Cost] = []
     for number in range(runs):
         for side, costs in ((OURS, whole), (THEIRS, peer)):
@@ -83,13 +84,23 @@ def build(model: str, python: Path, runs: int) -> dict[str, Any]:
                 if again.exit_code:
                     raise SystemExit(f"{side} failed with exit code {again.exit_code}: see {log}")
                 alone.append(again)
+                bare.append(without_blob(again, (work / "events").read_text("utf-8")))
             print(f"{model:20} {side:14} {cost.cpu_s:6.1f} CPU s {cost.peak_bytes / 1e6:6.0f} MB", flush=True)
     return {
         "build steps": measure.median(alone),
+        "build steps without the blob": measure.median(bare),
         "whole": measure.median(whole),
         THEIRS: measure.median(peer),
         "size_bytes": {OURS: decode_size(ours(model)), THEIRS: decode_size(theirs(model))},
     }
+
+
+def without_blob(cost: measure.Cost, events: str) -> measure.Cost:
+    """What a build took but for the step that compiles the blob, which the peer does not make."""
+    steps = builds.split_events(events)["steps"]
+    blob = steps.pop("int4/engine")
+    building = [row["peak_bytes"] for step, row in steps.items() if not builds.is_proof(step)]
+    return measure.Cost(cost.cpu_s - blob["cpu_s"], cost.wall_s - blob["wall_s"], max(building), cost.exit_code)
 
 
 def forget_building(work: Path) -> None:

@@ -108,7 +108,8 @@ def build(
         last = store.last(_memory(prepared))
         states = list(status(prepared.plan, store, last))
         shared = _shared(url, read_only=shared_read_only, offline=offline)
-        there = shared.look_up((state.step.key for state in states if not state.hit), _note) if shared else {}
+        known = shared.look_up(prepared.plan.by_key(), _note) if shared else {}
+        there = {state.step.key: known[state.step.key] for state in states if not state.hit and state.step.key in known}
     except Exception as error:
         if plan_only and detailed_exitcode:  # 1 is what --detailed-exitcode calls an error, of any kind
             report(error)

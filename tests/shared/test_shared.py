@@ -56,6 +56,19 @@ def test_what_one_builder_made_another_has(url: str, tmp_path: Path) -> None:
     assert kinds(events) == ["hit", "hit"]
 
 
+def test_a_build_with_nothing_to_do_asks_for_each_record_once(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    url, made = (tmp_path / "shared").as_uri(), planned()
+    done, _ = built(tmp_path / "one", url, made)
+    shared, asked = open_shared(url), list[str]()
+    place: Any = shared.place
+    record, place.put = place.record, None  # nothing is written
+    place.record = lambda key: (asked.append(key), record(key))[1]
+    shared.look_up(done, lambda note: None)
+    Runner(Store(tmp_path / "one"), lambda event: None, {}, beyond=shared).run(made)
+    assert sorted(asked) == sorted(done)
+
+
 def test_what_was_built_without_it_is_offered_later(url: str, tmp_path: Path) -> None:
     made = planned()
     Runner(Store(tmp_path / "one"), lambda event: None, {}).run(made)
@@ -125,6 +138,7 @@ DAMAGES = {
     "removed": (True, None),
     "no JSON": (False, b'{"format": 1'),
     "not ours": (False, b"[]"),
+    "an empty record": (False, b""),
     "another format": (False, b'{"format": 2, "key_text": {"stage": "s"}, "files": [], "run": {}}'),
 }
 
