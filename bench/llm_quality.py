@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 import llm_quantize
+import sections
 
 ROOT = llm_quantize.ROOT
 MODEL = ROOT / "recipes" / "models" / "pydoc-llama"
 HELD_OUT = ROOT / "recipes" / "data" / "pydoc-heldout.txt"
 SAMPLES, LENGTH = 64, 256
-MARKS = ("<!-- llm-quality: begin -->", "<!-- llm-quality: end -->")
 
 
 def quality(folder: Path) -> tuple[float, float]:
@@ -80,10 +80,8 @@ def main() -> int:
         "|---|---|---|",
         *rows,
     ]
-    page = ROOT / "docs" / "benchmarks.md"
-    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
     text = "\n".join(table)
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")
+    sections.put("llm-quality", f"## LLM checkpoints\n\n{text}")
     return 0
 
 

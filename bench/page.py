@@ -384,13 +384,14 @@ def page(
         *(job_section(job) for job in found.values()),
     ]
     if "parity" in builds:
-        parts.append(parity_section(builds["parity"]))
+        parts.append(sections.marked("parity", parity_section(builds["parity"])))
     if quality:
-        parts.append(quality_section(quality))
+        parts.append(sections.marked("quality", quality_section(quality)))
     if encoder:
-        parts.append(encoder_quality_section(encoder))
+        parts.append(sections.marked("quality-encoder", encoder_quality_section(encoder)))
     if decode:
-        parts += [decode_section(decode), "![Tokens per second](img/bench-decode.svg)", ""]
+        decoding = f"{decode_section(decode)}\n![Tokens per second](img/bench-decode.svg)"
+        parts.append(sections.marked("decoding", decoding))
     parts += ["## Versions", "", versions_section(builds["versions"]), "", commands_section(found)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -406,9 +407,11 @@ def main() -> int:
         raise SystemExit("there are no figures yet: run bench/builds.py")
     path: Path = DOCS / "benchmarks.md"
     before = sections.kept(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(page(builds, decode, _read("quality.json"), _read("quality-encoder.json")), "utf-8")
+    written = page(builds, decode, _read("quality.json"), _read("quality-encoder.json"))
+    path.write_text(written, "utf-8")
     for name, content in before.items():
-        sections.put(name, content, path)
+        if name not in sections.kept(written):
+            sections.put(name, content, path)
     if openvino := _read("openvino.json"):
         ov_page.write(openvino, path)
     if transfer := _read("transfer.json"):

@@ -8,13 +8,13 @@ from pathlib import Path
 from machine import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-_ANY = re.compile(r"<!-- (\w+): begin -->\n.*?<!-- \1: end -->\n", re.DOTALL)
+_ANY = re.compile(r"<!-- ([\w-]+): begin -->\n.*?<!-- \1: end -->\n", re.DOTALL)
 
 
 def put(name: str, content: str, file: Path = PAGE) -> None:
     """Replace the section of a name in the page, or put it before the page's list of versions."""
     text = file.read_text("utf-8")
-    section = f"<!-- {name}: begin -->\n{content.rstrip()}\n<!-- {name}: end -->\n"
+    section = marked(name, content)
     for found in _ANY.finditer(text):
         if found[1] == name:
             text = text[: found.start()] + section + text[found.end() :]
@@ -23,6 +23,11 @@ def put(name: str, content: str, file: Path = PAGE) -> None:
         place = text.index("## Versions")
         text = f"{text[:place]}{section}\n{text[place:]}"
     file.write_text(text, "utf-8")
+
+
+def marked(name: str, content: str) -> str:
+    """A section between its comments."""
+    return f"<!-- {name}: begin -->\n{content.rstrip()}\n<!-- {name}: end -->\n"
 
 
 def kept(text: str) -> dict[str, str]:

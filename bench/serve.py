@@ -25,13 +25,12 @@ import decode
 import environments
 import httpx
 import inputs
+import sections
 
 from pipeline.bench.http import serving
 from pipeline.bench.run import Child
 
 HOME = environments.HOME
-ROOT = Path(__file__).parent.parent
-MARKS = ("<!-- serve: begin -->", "<!-- serve: end -->")
 PROMPT, SEED = 32, 5
 LLAMA_CPP = """
 import sys
@@ -149,10 +148,8 @@ def main() -> int:
             direct, whole, streamed, other = measure(folder, runtime, new, arguments.rounds)
             cells = [f"{direct:.1f}", *(f"{each:.1f} ({100 * each / direct:.1f} %)" for each in (whole, streamed))]
             table.append(f"| {model} | {runtime} | {' | '.join(cells)} | {f'{other:.1f}' if other else '-'} |")
-    page = ROOT / "docs" / "benchmarks.md"
-    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
     text = "\n".join(table)
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")
+    sections.put("serve", f"## Serving\n\n{text}")
     print(text)
     return 0
 
