@@ -17,9 +17,6 @@ from pipeline.serve.problems import BadRequest
 from pipeline.serve.scheduler import Job, Scheduler
 from pipeline.serve.served import Served
 
-_GATHER_S = 0.005
-"""Between two messages of a stream, at least: a small model makes tokens faster than each is worth a message, and what
-writing them takes is taken from the engine. No reader sees 5 ms."""
 _MOST_SCORED = 1 << 28  # logits of a prompt that is scored, in numbers: 1 GiB
 
 
@@ -123,15 +120,10 @@ class Generation:
         self._scheduler.submit(self._jobs)
 
     async def changes(self) -> AsyncIterator[list[tuple[int, str]]]:
-        """(place of a choice, text that became known), several at once when they come faster than they are taken, or
-        faster than `_GATHER_S`."""
-        told_at = -_GATHER_S
+        """(place of a choice, text that became known), several at once when they come faster than they are taken."""
         try:
             while any(choice.finish is None for choice in self.choices):
                 await self._arrived.wait()
-                if (early_s := told_at + _GATHER_S - self._loop.time()) > 0:
-                    await asyncio.sleep(early_s)
-                told_at = self._loop.time()
                 self._arrived.clear()
                 self._signalled = False
                 found: dict[int, str] = {}
