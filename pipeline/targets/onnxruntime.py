@@ -150,7 +150,7 @@ def _weights(name: str, options: Options, precision: Literal["fp32", "fp16", "in
 def _export(job: Job, options: Options) -> Step:
     """The exporter's step; `auto` is decided here, from config.json, so that the plan shows it."""
     exporter, task = options.exporter, cast(Task, job.task)
-    problem = _fused_problem(job, options)
+    problem = _fused_problem(job, options) if exporter in ("auto", "fused") else None
     if exporter == "auto":
         exporter = "torch" if problem else "fused"
     if exporter == "fused":

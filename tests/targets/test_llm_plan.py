@@ -185,6 +185,15 @@ def test_nothing_holds_the_whole_of_a_large_model(runtime: str) -> None:
     assert {"unquantized", "parity.unquantized"} <= {step.name for step in asked}
 
 
+def test_another_exporter_does_not_ask_what_the_fused_one_makes_of_the_configuration() -> None:
+    """A field that it misses is its own error; torch's exporter reads the configuration itself."""
+    without: dict[str, Any] = {"config": {"num_attention_heads": None}}
+    with pytest.raises(EnginewrightError, match="num_attention_heads"):
+        planned("onnxruntime", **without)
+    exported = next(step for step in planned("onnxruntime", exporter="torch", **without) if step.name == "export")
+    assert exported.stage.name == "onnx.torch"
+
+
 def test_a_large_model_of_an_unknown_kind_is_loaded_whole() -> None:
     steps = planned("onnxruntime", config={"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, weights=9 << 30)
     assert not options_of(steps, "reference").streamed
