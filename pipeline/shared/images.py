@@ -6,7 +6,6 @@ A registry cannot refuse a tag that is there already: of two writers the last wi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ class Images:
             try:
                 found, data = self._repository.manifest(_tag(key))
             except NetworkError as error:
-                if isinstance(error.__cause__, Refused) and error.__cause__.status == 404:
+                if _status(error) == 404:
                     return None
                 raise
             value = media.document(data, f"{self.name}:{_tag(key)}")
@@ -52,7 +51,7 @@ class Images:
                 for block in verified(self._repository, _described(blob)):
                     stream.write(block)
             except NetworkError as error:
-                if isinstance(error.__cause__, Refused) and error.__cause__.status == 404:
+                if _status(error) == 404:
                     return False
                 raise
         return True
@@ -70,14 +69,10 @@ class Images:
             together(send, blobs, lambda size: None, self._repository.workers)
             if not replace and self._repository.has_manifest(_tag(key)):
                 return
-            config = Descriptor(RECORD, f"sha256:{hashlib.sha256(record).hexdigest()}", len(record))
+            config = media.described(RECORD, record)
             if not self._repository.has_blob(config):
                 self._repository.write_blob(config, of_bytes(record))
-            layers = [
-                Descriptor(each.media_type, each.digest, each.size, {media.TITLE: blob.path}).plain()
-                for blob, _ in blobs
-                for each in (_described(blob),)
-            ]
+            layers = [{**_described(blob).plain(), "annotations": {media.TITLE: blob.path}} for blob, _ in blobs]
             manifest = {
                 "schemaVersion": 2,
                 "mediaType": media.MANIFEST,
@@ -96,9 +91,14 @@ class Images:
         except VerificationError:
             raise
         except NetworkError as error:
-            if isinstance(error.__cause__, Refused) and error.__cause__.status in (401, 403, 405):
+            if _status(error) in (401, 403, 405):
                 raise DeniedError(error.message, hint=error.hint) from error
             raise
+
+
+def _status(error: NetworkError) -> int:
+    """What the registry answered; 0 where it was no answer that failed."""
+    return error.__cause__.status if isinstance(error.__cause__, Refused) else 0
 
 
 def _described(blob: File) -> Descriptor:
