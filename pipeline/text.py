@@ -47,9 +47,9 @@ class Detokenizer:
         self._shown = self._decode()
         self._ends = [len(self._ids)]  # places in ids where the text was whole: only there it may be cut
 
-    def add(self, token: int) -> str:
-        """The text that the token completes, empty if it ends within a character."""
-        self._ids.append(token)
+    def add(self, *tokens: int) -> str:
+        """The text that the tokens complete, empty if it ends within a character."""
+        self._ids += tokens
         text = self._decode()
         return "" if text.endswith(_INCOMPLETE) else self._show(text)
 

@@ -48,14 +48,21 @@ class Choice:
         self._words = Detokenizer(self.tokenizer, self.prompt)
         self._held = ""
 
-    def add(self, piece: Piece) -> str:
-        """Take a token; the text that it makes known. `finish` is set at the end: `stop` or `length`."""
-        self.tokens += 1
-        ended = piece.token_id in self.ends
+    def add(self, pieces: Sequence[Piece]) -> str:
+        """Take tokens; the text that they make known. `finish` is set at the end: `stop` or `length`.
+
+        Tokens after a stop text are left out: they were under way when it was seen.
+        """
+        if len(pieces) > 1 and (self.stop or self.told_logprobs):  # each has its own place in the text
+            return "".join(self.add([piece]) for piece in pieces if not self.finish)
+        self.tokens += len(pieces)
+        last = pieces[-1]
+        ended = last.token_id in self.ends
         if self.told_logprobs:
-            self.told.append(self._told(piece))
-        new = "" if ended else self._words.add(piece.token_id)
-        if piece.finished:
+            self.told.append(self._told(last))
+        shown = [piece.token_id for piece in (pieces[:-1] if ended else pieces)]
+        new = self._words.add(*shown) if shown else ""
+        if last.finished:
             new += self._words.flush()
             self.finish = "stop" if ended else "length"
         return self._show(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from pipeline.serve.problems import BadRequest
 from pipeline.serve.scheduler import Job, Scheduler
 from pipeline.serve.served import Served
 
+_GATHER_S = 0.01
+"""Between two events of a stream. Waking this thread costs the engine a part of a core, and a token of a small model
+takes a third of a millisecond; what is slower than this goes out token by token."""
 _MOST_SCORED = 1 << 28  # logits of a prompt that is scored, in numbers: 1 GiB
 
 
@@ -83,10 +87,11 @@ class Generation:
         decoder = served.decoder
         assert decoder
         self._scheduler, self._metrics, self.wanted = scheduler, metrics, wanted
-        self._mail: deque[tuple[int, Sequence[Piece] | Exception]] = deque()
+        self._mail: deque[tuple[int, Sequence[Piece] | Exception, float]] = deque()
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._signalled = False
+        self._told_at = 0.0  # on the loop's clock
         # Nobody waits for the tokens of an answer that goes out whole; a stop text has to be seen when it comes.
         self._eager = wanted.streams or bool(wanted.stop)
         most = 1 << 20 if wanted.most is None else wanted.most
@@ -120,18 +125,15 @@ class Generation:
         self._scheduler.submit(self._jobs)
 
     async def changes(self) -> AsyncIterator[list[tuple[int, str]]]:
-        """(place of a choice, text that became known), several at once when they come faster than they are taken."""
+        """(place of a choice, text that became known), of several tokens when they come faster than `_GATHER_S`."""
         try:
             while any(choice.finish is None for choice in self.choices):
                 await self._arrived.wait()
                 self._arrived.clear()
                 self._signalled = False
-                found: dict[int, str] = {}
-                while self._mail:
-                    for place, text in self._open(*self._mail.popleft()):
-                        found[place] = found.get(place, "") + text
-                if found:
-                    yield list(found.items())
+                self._told_at = self._loop.time()
+                if found := self._open():
+                    yield found
         finally:
             self.close()
 
@@ -147,31 +149,49 @@ class Generation:
         new = sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    def _open(self, number: int, mail: Sequence[Piece] | Exception) -> list[tuple[int, str]]:
-        if isinstance(mail, Exception):
-            raise mail
-        found = []
-        for piece in mail:
-            place = number * self.wanted.choices + int(piece.key)  # type: ignore[call-overload]
-            choice = self.choices[place]
-            if choice.finish:  # a stop text ended it; this token was under way
-                continue
-            text = choice.add(piece)
-            self._timers[place].token(finish=choice.finish)
-            if choice.finish and not piece.finished:
-                self._scheduler.drop(self._jobs[number], int(piece.key))  # type: ignore[call-overload]
-            found.append((place, text))
-        return found
+    def _open(self) -> list[tuple[int, str]]:
+        """Take what has come, choice by choice."""
+        pieces: dict[int, list[Piece]] = {}
+        times: dict[int, list[float]] = {}
+        while self._mail:
+            number, mail, at = self._mail.popleft()
+            if isinstance(mail, Exception):
+                raise mail
+            for piece in mail:
+                place = number * self.wanted.choices + int(piece.key)  # type: ignore[call-overload]
+                if not self.choices[place].finish:  # else a stop text ended it; this token was under way
+                    pieces.setdefault(place, []).append(piece)
+                    times.setdefault(place, []).append(at)
+        return [(place, self._take(place, mine, times[place])) for place, mine in pieces.items()]
+
+    def _take(self, place: int, pieces: list[Piece], times: list[float]) -> str:
+        choice = self.choices[place]
+        before = choice.tokens
+        text = choice.add(pieces)
+        self._timers[place].tokens(times[: choice.tokens - before], choice.finish)
+        if choice.finish and not pieces[-1].finished:
+            number, key = divmod(place, self.wanted.choices)
+            self._scheduler.drop(self._jobs[number], key)
+        return text
 
     def _deliverer(self, number: int) -> Callable[[Sequence[Piece] | Exception], None]:
         def deliver(mail: Sequence[Piece] | Exception) -> None:
-            self._mail.append((number, mail))
-            ended = isinstance(mail, Exception) or any(piece.finished for piece in mail)
-            if (ended or self._eager) and not self._signalled:
-                self._signalled = True
+            self._mail.append((number, mail, time.perf_counter()))
+            if isinstance(mail, Exception) or any(piece.finished for piece in mail):
                 self._loop.call_soon_threadsafe(self._arrived.set)
+            elif self._eager and not self._signalled:
+                self._signalled = True
+                self._loop.call_soon_threadsafe(self._gather)
 
         return deliver
+
+    def _gather(self) -> None:
+        """Tell of what came: at once, or when `_GATHER_S` have passed since the last time."""
+        wait_s = self._told_at + _GATHER_S - self._loop.time()
+        if wait_s > 0:
+            self._loop.call_later(wait_s, self._arrived.set)
+        else:
+            self._arrived.set()
 
 
 def scored(served: Served, ids: Sequence[int], top: int) -> list[tuple[float | None, list[tuple[int, float]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 60.0)
@@ -52,23 +53,23 @@ class Metrics:
 
 
 class Timer:
-    """The times of one choice."""
+    """The times of one choice, on the clock of `time.perf_counter`."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._begin = time.perf_counter()
         self._last: float | None = None
 
-    def token(self, *, finish: str | None) -> None:
-        """A token was taken; `finish` says how the choice ended, if it did."""
-        now = time.perf_counter()
+    def tokens(self, times: Sequence[float], finish: str | None) -> None:
+        """Tokens became known at these times; `finish` says how the choice ended, if it did."""
         metrics = self._metrics
-        metrics.generation_tokens.inc()
-        if self._last is None:
-            metrics.first.observe(now - self._begin)
-        else:
-            metrics.between.observe(now - self._last)
-        self._last = now
+        metrics.generation_tokens.inc(len(times))
+        for now in times:
+            if self._last is None:
+                metrics.first.observe(now - self._begin)
+            else:
+                metrics.between.observe(now - self._last)
+            self._last = now
         if finish:
-            metrics.whole.observe(now - self._begin)
+            metrics.whole.observe(times[-1] - self._begin)
             metrics.finished(finish)
