@@ -18,7 +18,7 @@ from pipeline.serve.problems import BadRequest
 from pipeline.serve.scheduler import Job, Scheduler
 from pipeline.serve.served import Served
 
-_GATHER_S = 0.01
+_GATHER_S = 0.02
 """Between two events of a stream. Waking this thread costs the engine a part of a core, and a token of a small model
 takes a third of a millisecond; what is slower than this goes out token by token."""
 _MOST_SCORED = 1 << 28  # logits of a prompt that is scored, in numbers: 1 GiB
@@ -158,7 +158,7 @@ class Generation:
             if isinstance(mail, Exception):
                 raise mail
             for piece in mail:
-                place = number * self.wanted.choices + int(piece.key)  # type: ignore[call-overload]
+                place = number * self.wanted.choices + int(piece.key[1])  # type: ignore[index]
                 if not self.choices[place].finish:  # else a stop text ended it; this token was under way
                     pieces.setdefault(place, []).append(piece)
                     times.setdefault(place, []).append(at)
