@@ -79,6 +79,7 @@ def through(client: HTTPConnection, model: str, ids: list[int], new: int, stream
     """The same through a server."""
     body = {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": stream}
     asked = json.dumps({**body, "stream_options": {"include_usage": True}} if stream else body)
+    client.close()  # a server may have left a connection that was idle while the others had their turns
     started = time.perf_counter()
     client.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
     answer = client.getresponse()

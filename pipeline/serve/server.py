@@ -45,7 +45,7 @@ def serve(served: Served, options: Options, ready: Callable[[str], None]) -> Non
     from pipeline.serve.scheduler import Scheduler
     from pipeline.serve.schema import Api, Limits
 
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     scheduler = Scheduler(served.decoder, most_rows=options.most_rows, most_waiting=options.most_waiting)
     state = State()
     most = (served.context_length or 1 << 20) - (served.task == GENERATES)  # a token of its own for the answer
@@ -117,7 +117,8 @@ async def _warm(served: Served, scheduler: Any) -> None:
     await answered
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address. Raises UnavailableError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off where the protocol is named: else the end of an answer waits 40 ms for the
     # client's acknowledgement of its beginning.

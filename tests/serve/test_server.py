@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import openai
 import pytest
 import websockets.sync.client as sockets
 
+from pipeline.serve.server import listen
 from tests.e2e.harness import BIN
 from tests.serve.conftest import Serving, serving
 
@@ -256,3 +258,33 @@ def test_ten_megabytes_of_prompt(ort: Serving, artifacts: Path) -> None:
             assert "context ends at 1024" in answer.json()["error"]["message"]
         assert ask(server).status_code == 200
         assert server.rss_mb() < before + 1500
+
+
+def test_times_of_tokens_are_those_of_the_engine(ort: Serving) -> None:
+    """Also of an answer that goes out whole: its tokens do not all come at its end."""
+    names = ("time_to_first_token_seconds_sum", "time_per_output_token_seconds_sum", "e2e_request_latency_seconds_sum")
+    before = [metric(ort, name) for name in names]
+    assert ask(ort, max_tokens=300, ignore_eos=True).status_code == 200
+    first, between, whole = (metric(ort, name) - was for name, was in zip(names, before, strict=True))
+    assert first + between == pytest.approx(whole)
+    assert between > first
+
+
+def test_the_end_of_an_answer_does_not_wait_for_its_beginning() -> None:
+    """Nagle's algorithm would hold it back for 40 ms."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def meet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(meet, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            option = await found
+            writer.close()
+        return option
+
+    assert asyncio.run(accepted())
