@@ -85,7 +85,10 @@ def serve(
     if not folder.is_dir() and reference.is_reference(artifact):
         folder = pulled(artifact, target, policy_path, keys, out, plain_http)
     api_keys = _keys(api_key_file)
-    told, asked = serve_external.read_manifest(folder), serve_external.Asked(write, framework, image, claim, host, port)
+    told = serve_external.read_manifest(folder)
+    asked = serve_external.Asked(
+        write, framework, image, claim, host, port, name or "", api_keys, api_key_file is not None, _given()
+    )  # fmt: skip
     if told and serve_external.concerns(told, asked):
         from pipeline.artifact.verify import verify
 
@@ -108,6 +111,15 @@ def serve(
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'enginewright[serve]'") from error
     return 0
+
+
+def _given() -> dict[str, str]:
+    """Options of our own server that were said on the command line."""
+    context, found = click.get_current_context(), {}
+    for parameter in ("batch", "queue", "max_body", "timeout", "drain"):
+        if context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE:
+            found[f"--{parameter.replace('_', '-')}"] = str(context.params[parameter])
+    return found
 
 
 def pulled(

@@ -9,14 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
+
+if TYPE_CHECKING:
+    from pipeline.serve.external import Server
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
@@ -39,6 +42,13 @@ class Asked:
     claim: str
     host: str
     port: int
+    name: str
+    keys: tuple[str, ...]
+    """Of which a client needs one."""
+    key_file: bool
+    """Whether they were asked for on the command line."""
+    own: Mapping[str, str]
+    """Options of our own server that were given."""
 
 
 def options(function: F) -> F:
@@ -70,7 +80,9 @@ def handle(artifact: Path, manifest: dict[str, Any], asked: Asked) -> int:
     from pipeline.serve.external import server
 
     needs_image = asked.write in ("compose", "kubernetes")
-    found = server(manifest, asked.framework, asked.image or ("" if needs_image else "none"))
+    found = server(manifest, asked.framework, asked.image or ("" if needs_image else "none"), asked.name)
+    own = _own(found, asked)
+    found = replace(found, arguments=(*found.arguments, *own))
     if asked.write == "compose":
         click.echo(yaml.safe_dump(manifests.compose(found, artifact), sort_keys=False), nl=False)
         return 0
@@ -80,6 +92,7 @@ def handle(artifact: Path, manifest: dict[str, Any], asked: Asked) -> int:
     command = [word.replace("{artifact}", str(artifact.resolve())) for word in found.command]
     if not command and found.framework == "enginewright":
         command = ["enginewright", "serve", str(artifact), "--host", asked.host, "--port", str(asked.port)]
+        command += [*(("--name", asked.name) if asked.name else ()), *own]
     if not command:
         raise UnavailableError(
             f"{found.framework} is started in a container", hint="say --compose or --kubernetes, and start that"
@@ -95,7 +108,33 @@ def handle(artifact: Path, manifest: dict[str, Any], asked: Asked) -> int:
             f"--port 0: {found.framework}'s server would choose a port, and say it to nobody", hint="name a free port"
         )
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
-    return _start(command, found.framework, f"http://{host}:{asked.port}", found.name)
+    return _start(command, found, f"http://{host}:{asked.port}", _key(found, asked.keys))
+
+
+def _own(server: Server, asked: Asked) -> list[str]:
+    """The options of our own server, as words; RecipeError where they mean nothing to another, or to a container."""
+    if server.framework != "enginewright" and asked.own:
+        raise RecipeError(
+            f"{next(iter(asked.own))}: {server.framework}'s server does not take it",
+            hint="what it is told stands in the recipe, below `serve`",
+        )
+    if asked.write and asked.key_file:
+        variable = f"${server.key}" if server.key else "no key"
+        raise RecipeError(
+            "--api-key-file: what is written holds no secrets", hint=f"{server.framework} reads {variable}"
+        )
+    return [word for pair in asked.own.items() for word in pair]
+
+
+def _key(server: Server, keys: Sequence[str]) -> dict[str, str]:
+    """The environment that makes the server ask for a key. RecipeError where it cannot: it would serve anybody."""
+    if not keys:
+        return {}
+    if not server.key:
+        raise RecipeError(f"{server.framework}'s server asks for no keys", hint="put a proxy that does before it")
+    if len(keys) > 1:
+        raise RecipeError(f"{server.framework}'s server takes one key, not {len(keys)}", hint="give one")
+    return {server.key: keys[0]}
 
 
 def _bound(command: list[str], asked: Asked) -> list[str]:
@@ -109,9 +148,10 @@ def _bound(command: list[str], asked: Asked) -> list[str]:
     return command
 
 
-def _start(command: list[str], framework: str, address: str, name: str) -> int:
+def _start(command: list[str], server: Server, address: str, key: Mapping[str, str]) -> int:
+    framework = server.framework
     command = _installed(command, framework)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", **key}
     process = subprocess.Popen(command, env=environment)
     asked_to_end: list[int] = []
 
@@ -122,12 +162,14 @@ def _start(command: list[str], framework: str, address: str, name: str) -> int:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, passed_on)
     wait_s = os.environ.get("ENGINEWRIGHT_FIRST_TOKEN_S", str(FIRST_TOKEN_S))
-    probe = subprocess.Popen([sys.executable, str(PROBE), "wait", address, wait_s], stdout=subprocess.DEVNULL)
+    probe = subprocess.Popen(
+        [sys.executable, str(PROBE), "wait", address, wait_s], stdout=subprocess.DEVNULL, env=environment
+    )
     while probe.poll() is None and process.poll() is None and not asked_to_end:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
     if probe.poll() == 0:
-        click.echo(f"{name} is served at {address}", err=True)
+        click.echo(f"{server.name} is served at {address}", err=True)
     elif process.poll() is None and not asked_to_end:  # it lives, and no token has come
         _end(process)
         raise StageError(

@@ -3,10 +3,13 @@
     python probe.py engine              LMDeploy: would it serve this folder with TurboMind? Run it before the server.
     python probe.py wait URL [SECONDS]  a server is ready when it has generated one real token (default 600 s)
 
+A server that asks for a key is told that of $VLLM_API_KEY or $LLAMA_API_KEY.
+
 Exit code 0: yes. A server whose port answers may still die on the first token, or have fallen back to a slower engine.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -50,7 +53,10 @@ def wait(url: str, seconds: float) -> int:
 
 def _ask(url: str, body: dict[str, object] | None = None) -> dict:  # type: ignore[type-arg]
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY") or os.environ.get("LLAMA_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.loads(answer.read()))
 

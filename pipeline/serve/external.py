@@ -42,6 +42,8 @@ class Server:
     size_bytes: int = 0
     """Of the artifact: less memory than that serves nothing."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+    """The variable of its environment that holds the key of its clients; empty: it asks for none."""
 
 
 @functools.cache
@@ -56,8 +58,11 @@ def framework_of(manifest: Mapping[str, Any]) -> str:
     return _BY_LAYOUT.get(runtime["layout"]) or _BY_RUNTIME.get(runtime["engine"]) or "enginewright"
 
 
-def server(manifest: Mapping[str, Any], framework: str = "", image: str = "") -> Server:
-    """The server of a manifest. Raises RecipeError for a framework that does not serve it, or without an image."""
+def server(manifest: Mapping[str, Any], framework: str = "", image: str = "", name: str = "") -> Server:
+    """The server of a manifest. `name`: by which clients ask for the model, instead of the artifact's.
+
+    Raises RecipeError for a framework that does not serve it, that knows no such name, or without an image.
+    """
     runtime, own = manifest["runtime"], framework_of(manifest)
     known = dict.fromkeys((own, "enginewright", *_OTHERS.get(runtime["engine"], ())))
     if own in ("vllm", "turbomind", "triton"):
@@ -65,7 +70,11 @@ def server(manifest: Mapping[str, Any], framework: str = "", image: str = "") ->
     asked = framework or own
     if asked not in known:
         raise RecipeError(f"{asked} does not serve this artifact", hint=f"one of: {', '.join(known)}")
-    told, name = table()[asked], str(manifest["name"])
+    told = table()[asked]
+    if name and "name" not in told and "{name}" not in "".join(told.get("command", ())):
+        raise RecipeError(f"--name: {asked} calls the model what the artifact does", hint="leave it out")
+    naming = (told["name"], name or str(manifest["name"])) if "name" in told else ()
+    name = name or str(manifest["name"])
     command = tuple(map(str, runtime["command"])) if asked == own and asked != "enginewright" else ()
     arguments = tuple(
         word.format(name=name, entry=runtime["entry"]) for word in told.get("command", ())
@@ -75,7 +84,8 @@ def server(manifest: Mapping[str, Any], framework: str = "", image: str = "") ->
         raise RecipeError(f"{asked} has no image that is known here", hint="name one with --image")
     kind = manifest["target"]["device"]["kind"]
     return Server(
-        framework=asked, name=name, command=command, arguments=arguments, image=image, port=int(told["port"]),
+        framework=asked, name=name, command=(*command, *naming) if command else (),
+        arguments=(*arguments, *naming), image=image, port=int(told["port"]), key=told.get("key", ""),
         live=told["live"], ready=told.get("ready", ""), mount=told.get("mount", "/model").format(name=name),
         gpus=_gpus(command) if kind == "cuda" else 0, environment=told.get("environment", {}),
         size_bytes=sum(int(file["size"]) for file in manifest.get("files", ())),

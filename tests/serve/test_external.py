@@ -59,11 +59,14 @@ def test_the_command_is_the_manifests(made: Path) -> None:
     words = shlex.split(serve(made / "vllm", "--print", "--host", "0.0.0.0", "--port", "9"))
     manifest = json.loads((made / "vllm" / "manifest.json").read_text())
     told = [word.replace("{artifact}", str(made / "vllm")) for word in manifest["runtime"]["command"]]
+    told += ["--served-model-name", "elsewhere"]
     assert [w for w in words if w not in ("0.0.0.0", "9")] == [w for w in told if w not in ("127.0.0.1", "8000")]
+    assert shlex.split(serve(made / "vllm", "--print", "--name", "mine"))[-2:] == ["--served-model-name", "mine"]
     assert words[words.index("--host") + 1] == "0.0.0.0" and words[words.index("--port") + 1] == "9"
     assert "--backend turbomind" in serve(made / "turbomind", "--print")
     assert "OLLAMA_HOST=127.0.0.1:8000" in serve(made / "ollama", "--print")
     assert serve(made / "openvino", "--print").startswith("enginewright serve ")
+    assert " --name mine --batch 4" in serve(made / "openvino", "--print", "--batch", "4", "--name", "mine")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_the_command_is_the_manifests(made: Path) -> None:
         ("gguf", ("--framework", "llama-server", "--image", "llama-server:1"), ("llama-server:1", ".gguf")),
         ("gguf", (), ("enginewright:", "serve")),
         ("openvino", ("--framework", "ovms"), ("openvino/model_server", "--rest_port", "elsewhere")),
+        ("openvino", ("--batch", "4", "--name", "mine"), ("--batch", "mine")),
     ],
 )
 def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tuple[str, ...], made: Path) -> None:
@@ -109,17 +113,23 @@ def test_compose_and_kubernetes(target: str, options: tuple[str, ...], words: tu
         ("openvino", ("--framework", "ovms"), 5, "is started in a container"),
         ("turbomind", (), 5, "lmdeploy is not installed here"),
         ("vllm", ("--port", "0"), 64, "name a free port"),
+        ("vllm", ("--batch", "4"), 64, "--batch: vllm's server does not take it"),
+        ("vllm", ("--api-key-file", "{keys}", "--compose"), 64, "holds no secrets"),
+        ("vllm", ("--api-key-file", "{keys}"), 64, "takes one key, not 2"),
+        ("turbomind", ("--api-key-file", "{keys}"), 64, "asks for no keys"),
+        ("ollama", ("--name", "mine"), 64, "--name: ollama"),
     ],
 )
 def test_what_cannot_be_served(target: str, options: tuple[str, ...], code: int, words: str, made: Path) -> None:
     if target == "turbomind" and shutil.which("lmdeploy"):
         pytest.skip("lmdeploy is here")
-    done = command("enginewright", "serve", made / target, *options)
+    (keys := made / "keys").write_text("one\ntwo\n")
+    done = command("enginewright", "serve", made / target, *(option.format(keys=keys) for option in options))
     assert (done.code, words in done.err) == (code, True), done.err
 
 
 STAND_IN = """#!{python}
-import json, signal, socket, sys
+import json, os, signal, socket, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if "dies" in sys.argv[0]:
@@ -130,7 +140,9 @@ if "loads" in sys.argv[0]:
 class Answer(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def answer(self, body):
-        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
+        key = os.environ.get("VLLM_API_KEY")
+        self.send_response(401 if key and self.headers["Authorization"] != "Bearer " + key else 200)
+        self.end_headers(); self.wfile.write(json.dumps(body).encode())
     def do_GET(self): self.answer({{"data": [{{"id": "m"}}]}})
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -179,6 +191,18 @@ def test_another_server_is_started_and_ended(dies: bool, made: Path, tmp_path: P
     assert server.wait(30) == 0
 
 
+def test_another_server_asks_for_the_key(made: Path, tmp_path: Path) -> None:
+    port = free_port()
+    server = start(made / "vllm", stand_in(tmp_path / "bin"), port, ENGINEWRIGHT_API_KEY="secret")
+    assert server.stderr
+    assert " is served at http://127.0.0.1:" in server.stderr.readline()  # the probe has the key
+    models = f"http://127.0.0.1:{port}/v1/models"
+    assert httpx.get(models).status_code == 401
+    assert httpx.get(models, headers={"Authorization": "Bearer secret"}).status_code == 200
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+
+
 def test_it_may_be_ended_while_it_loads(made: Path, tmp_path: Path) -> None:
     server = start(made / "vllm", stand_in(tmp_path / "loads"), free_port())
     assert server.stderr
@@ -217,10 +241,11 @@ def test_vllm_itself_answers(made: Path) -> None:
         until = time.monotonic() + 600
         while " is served at " not in (line := server.stderr.readline()):
             assert line and time.monotonic() < until
-        body: dict[str, Any] = {"prompt": "The list", "max_tokens": 4, "temperature": 0}
+        body: dict[str, Any] = {"prompt": "The list", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
         model = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"]
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={**body, "model": model}, timeout=60)
         assert answer.json()["usage"]["completion_tokens"] == 4
+        assert model == "elsewhere"
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
