@@ -29,6 +29,7 @@ _VLLM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 
 FIRST_TOKEN_S = 900
 END_S = 30
+FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ def _start(command: list[str], server: Server, address: str, key: Mapping[str, s
     framework = server.framework
     command = _installed(command, framework)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", **key}
+    if framework == "vllm" and (os.cpu_count() or 1) <= FEW_CORES:
+        # vLLM on a CPU keeps one core from its computing threads: of two, that is 12 tokens/s instead of 19 (0.5B).
+        environment.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     process = subprocess.Popen(command, env=environment)
     asked_to_end: list[int] = []
 
