@@ -75,7 +75,7 @@ def assemble(inputs: Inputs, options: llm_folder.FolderOptions, out: Path, progr
     llm_folder.run(inputs, options, out, progress)
 
 
-STAGE = Stage("turbomind.engine", assemble, tools=("numpy",), memory=holding(190))
+STAGE = Stage("turbomind.engine", assemble, version=2, tools=("numpy",), memory=holding(190))
 
 
 def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:

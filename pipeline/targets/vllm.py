@@ -84,7 +84,7 @@ def measure_engine(inputs: Inputs, options: measure.MeasureOptions, out: Path, p
     measure.run(inputs, options, out, progress)
 
 
-STAGE = Stage("vllm.engine", assemble, tools=("numpy",), memory=holding(190))
+STAGE = Stage("vllm.engine", assemble, version=2, tools=("numpy",), memory=holding(190))
 PARITY = Stage(
     "vllm.parity",
     measure_engine,
