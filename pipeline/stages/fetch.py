@@ -23,7 +23,7 @@ from pipeline.recipe import option
 from pipeline.source import SourceFile
 from pipeline.step import Inputs, Progress, Stage
 
-LINK_FROM = 64 << 20
+LINK_FROM = 4 << 20
 """Bytes from which a file on the same file system is shared instead of copied."""
 KEEP_TO = 16 << 20
 """Bytes up to which a download is kept beside the store: planning reads configurations there."""
@@ -53,7 +53,7 @@ class FetchOptions:
 def run(inputs: Inputs, options: FetchOptions, out: Path, progress: Progress) -> None:
     """Fill `out` with `options.files`.
 
-    Files on this machine are copied, or shared from 64 MiB on (reflink, else hard link), never symlinked; files on the
+    Files on this machine are copied, or shared from 4 MiB on (reflink, else hard link), never symlinked; files on the
     hub are downloaded. Raises StageError for a file that changed since it was pinned or a full disk, RecipeError for
     data that is not UTF-8, NetworkError and VerificationError for the hub.
     """
