@@ -131,8 +131,8 @@ class Generation:
                 await self._arrived.wait()
                 self._arrived.clear()
                 self._signalled = False
-                self._told_at = self._loop.time()
                 if found := self._open():
+                    self._told_at = self._loop.time()
                     yield found
         finally:
             self.close()

@@ -74,6 +74,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "int8 on Blackwell": ("vllm", {"precision": "int8", "on": "b200"}, "compute capability 10.0"),
     "fp8 on Ampere": ("vllm", {"precision": "fp8", "on": "a100"}, "needs compute capability 8.9"),
     "AWQ on a CPU": ("vllm", {"precision": "int4", "device": "cpu", "quantize": {"format": "awq"}}, "on a CPU"),
+    "W8A8 in fp32 on a CPU": (
+        "vllm", {"precision": "int8", "device": "cpu", "dtype": "fp32", "quantize": {"method": "rtn"}}, "with AMX",
+    ),
     "4 bits in fp32 on a CPU": (
         "vllm", {"precision": "int4", "device": "cpu", "dtype": "fp32", "quantize": {"method": "rtn"}}, "dies on the",
     ),
