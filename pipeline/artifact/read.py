@@ -37,19 +37,28 @@ def load(artifact: Path) -> tuple[Manifest, bytes]:
 
 
 def manifest_file(artifact: Path) -> bytes:
-    """The bytes of an artifact's manifest.json. RecipeError when the folder is missing, VerificationError otherwise."""
+    """The bytes of an artifact's manifest.json. RecipeError when the folder is missing or the one above several
+    artifacts, VerificationError otherwise."""
     path = artifact / paths.MANIFEST
     if not artifact.is_dir():
         what = "is a file, not a folder" if artifact.exists() else "does not exist"
         raise RecipeError(f"{artifact} {what}", hint=HINT)
     if path.is_symlink() or not path.is_file():
-        what = "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
-        raise VerificationError(f"{path} {what}", hint=HINT)
+        missing = not (path.is_symlink() or path.exists())
+        if missing:
+            not_above(artifact)
+        raise VerificationError(f"{path} {'is missing' if missing else 'is not a regular file'}", hint=HINT)
     try:
         with path.open("rb") as stream:
             return stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise VerificationError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def not_above(folder: Path) -> None:
+    """RecipeError for the folder of a build, which holds an artifact for each target, and is none itself."""
+    if held := sorted(str(path.parent) for path in folder.glob(f"*/{paths.MANIFEST}")):
+        raise RecipeError(f"{folder} holds artifacts, and is none itself", hint=f"give one: {', '.join(held)}")
 
 
 def decode(data: bytes) -> tuple[Manifest | None, Problems]:

@@ -37,6 +37,9 @@ def open_artifact(artifact: Path, verify: bool) -> Engine:
         )
     file = artifact / "engine.json"
     if not file.is_file():
+        from pipeline.artifact.read import not_above
+
+        not_above(artifact)
         raise RecipeError(
             f"{artifact} has neither manifest.json nor engine.json", hint="give the folder of an artifact, or build one"
         )

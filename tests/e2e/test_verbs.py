@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "generate with nothing": (("generate", "nothing", "-p", "hi"), 64, ("nothing is not a folder", "of an artifact")),
     "generate with a model": (("generate", "model", "-p", "hi"), 64, ("neither manifest.json nor engine.json",)),
     "generate with a copy": (("generate", "copied", "-p", "hi"), 5, ("a copy",)),
+    "verify a whole build": (("verify", "built"), 64, ("built holds artifacts", "built/one")),
+    "generate with a whole build": (("generate", "built", "-p", "hi"), 64, ("built holds artifacts", "built/one")),
     "doctor of no recipe": (("doctor", "nothing.yaml"), 5, ("there is no file nothing.yaml",)),
     "init of nothing": (("init", "nothing", "-o", "new.yaml"), 64, ("there is no folder nothing",)),
     "cache at a file": (("cache", "ls", "--cache", "recipe.yaml"), 5, ("is a file", "--cache")),
@@ -34,6 +36,7 @@ def test_a_mistake(copies: Site, tmp_path: Path, name: str) -> None:
     argv, code, words = VERBS[name]
     site = Site.write(tmp_path / "site", COPIES)
     (site.root / "copied").symlink_to(copies.out / "small" / "one")
+    (site.root / "built").symlink_to(copies.out / "small")
     env = {"ENGINEWRIGHT_CACHE": str(tmp_path / "cache")}
     done = command("enginewright", *argv, cwd=site.root, env=env)
     refused(done, code, *words)
