@@ -5,6 +5,7 @@ Legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -154,7 +155,8 @@ class Child:
 def _end(process: subprocess.Popen[bytes], log: Any) -> None:
     for stream in (process.stdin, process.stdout):
         if stream:
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):  # a question that a dead process will not read
+                stream.close()
     process.kill()
     process.wait()
     log.close()
