@@ -6,8 +6,9 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from pipeline.frozen import frozen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -19,7 +20,7 @@ else:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Sampling:
     """How the next token is chosen. The defaults are greedy decoding."""
 

@@ -6,6 +6,8 @@ Exit codes: 0 ok, 1 a bug, 3 a stage failed, 4 a gate failed, 5 target, toolchai
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class EnginewrightError(Exception):
     """An error with an exit code and a hint: the command line prints both and shows no traceback."""
@@ -61,3 +63,14 @@ BY_EXIT_CODE: dict[int, type[EnginewrightError]] = {
     cls.exit_code: cls
     for cls in (RecipeError, StageError, GateError, UnavailableError, VerificationError, NetworkError)
 }
+
+
+def disk_full(place: Path, need: int) -> StageError:
+    """The error for a full disk. `need` is in bytes."""
+    import shutil
+
+    free = shutil.disk_usage(place.parent).free
+    return StageError(
+        f"no space left for {place}: {need:,} bytes needed, {free:,} bytes free",
+        hint="free some space (`enginewright cache gc`), or give another place with --cache",
+    )

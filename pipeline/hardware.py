@@ -8,16 +8,15 @@ import os
 import platform
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.step import Scope
+from pipeline.tables import table
 
-PROFILES = Path(__file__).parent / "data" / "hardware.toml"
 MIB = 1 << 20
 NVIDIA_SMI_TIMEOUT_S = 10
 
@@ -34,7 +33,7 @@ _APPLE = {"FEAT_FP16": "fp16", "FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm", "
 _ARCH = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Device:
     """An accelerator."""
 
@@ -49,7 +48,7 @@ class Device:
     """Version of the driver; empty in a profile."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Hardware:
     """What a machine is. Zero cores or bytes mean unknown (a host) or any (a profile)."""
 
@@ -67,7 +66,7 @@ class Hardware:
     devices: tuple[Device, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class Verdict:
     """Yes or no, with the reason."""
 
@@ -96,7 +95,7 @@ def load(name: str) -> Hardware:
     """`host` or a profile by name. Raises RecipeError for a name that is neither."""
     if name == "host":
         return probe()
-    cpus, gpus = _profiles()["cpu"], _profiles()["gpu"]
+    cpus, gpus = table("hardware")["cpu"], table("hardware")["gpu"]
     if name in cpus:
         return Hardware(name=name, os="linux", arch=cpus[name]["arch"], isa=_ordered(cpus[name]["isa"]))
     if name in gpus:
@@ -113,7 +112,7 @@ def load(name: str) -> Hardware:
 
 def names() -> tuple[str, ...]:
     """Every name that `load` knows."""
-    return ("host", *_profiles()["cpu"], *_profiles()["gpu"])
+    return ("host", *table("hardware")["cpu"], *table("hardware")["gpu"])
 
 
 @functools.cache
@@ -130,11 +129,6 @@ def probe() -> Hardware:
         memory_bytes=_memory(),
         devices=_nvidia(),
     )
-
-
-@functools.cache
-def _profiles() -> dict[str, Any]:
-    return tomllib.loads(PROFILES.read_text(encoding="utf-8"))
 
 
 def _ordered(features: Iterable[str]) -> tuple[str, ...]:

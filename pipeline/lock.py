@@ -7,11 +7,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.source import SourceFile, name_problem
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HINT = "delete it, or run with --update: it is written anew"
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """A pinned source: `source` as the recipe names it, `revision` a commit of the hub."""
 

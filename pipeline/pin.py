@@ -6,13 +6,14 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from pipeline import lock
 from pipeline.digest import StatCache
 from pipeline.errors import NetworkError, RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.recipe import Recipe
 from pipeline.source import (
     HUB,
@@ -31,7 +32,7 @@ from pipeline.stages import fetch
 from pipeline.step import Progress, Step, silent
 
 
-@dataclass(frozen=True)
+@frozen
 class Locked:
     """A recipe's sources, pinned."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.digest import sha256_of
+from pipeline.frozen import frozen
 from pipeline.hardware import Device, Hardware, facts
 from pipeline.plain import to_plain
 from pipeline.size import Size
@@ -18,7 +18,7 @@ Versions = Callable[[str, str], str]
 """(distribution, toolchain) -> version; raises UnavailableError when it is not installed."""
 
 
-@dataclass(frozen=True)
+@frozen
 class PlannedStep:
     """A step with its key. Steps of several targets with equal keys are one planned step."""
 
@@ -41,7 +41,7 @@ class PlannedStep:
         return f"{self.targets[0]}/{self.name}" if len(self.targets) == 1 else self.name
 
 
-@dataclass(frozen=True)
+@frozen
 class Plan:
     """Steps in an order in which each comes after what it needs, and each target's keys by step name."""
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, field
 from typing import Any, Literal, get_args
+
+from pipeline.frozen import frozen
 
 Task = Literal[
     "text-generation",
@@ -51,7 +53,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Model:
     """Which checkpoint to build from."""
 
@@ -67,7 +69,7 @@ class Model:
     license: str = option("", "SPDX expression of the weights' licence, for the manifest.", example="Apache-2.0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Data:
     """A local data file: text (documents separated by blank lines, or one sentence a line), JSONL with a `text` or
     `prompt` field, or chat JSONL with `messages`."""
@@ -77,7 +79,7 @@ class Data:
     length: int = option(256, "Length of a sample.", unit="tokens", ge=2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Parity:
     """How the engines are held against the original checkpoint."""
 
@@ -93,7 +95,7 @@ class Parity:
     seed: int = option(0, "Seed of the random inputs where no data are given.", ge=0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Prune:
     """2:4 sparsity: of every four neighbouring weights of a layer's products, two become zero.
 
@@ -112,7 +114,7 @@ class Prune:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TargetOptions:
     """What every target has in common. A backend's own options extend this class."""
 
@@ -129,7 +131,7 @@ class TargetOptions:
     prune: Prune | None = option(None, "Prune the model before anything reads its weights.", example="{method: wanda}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Package:
     """What the artifact says about itself."""
 
@@ -137,7 +139,7 @@ class Package:
     golden: int = option(2, "How many golden inputs travel with the artifact.", ge=1, le=16)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Recipe:
     """One file: a Hugging Face model and the places where it must run."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from pipeline.frozen import frozen
 
 FP32 = 4
 STORED = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -16,7 +17,7 @@ ONE_FILE = 128 << 20
 """Bytes up to which an ONNX file holds its weights."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Size:
     """Bytes, each as if it were fp32: what a value is stored in says little of what a stage makes of it."""
 

@@ -6,11 +6,11 @@ import json
 import re
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 
 Read = Callable[[str], bytes]
@@ -38,7 +38,7 @@ TEXT = {".txt": "data.txt", ".text": "data.txt", ".md": "data.txt", ".jsonl": "d
 """Suffix of a data file -> its name in the directory that the fetch stage fills."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class SourceFile:
     """A file by its contents."""
 
@@ -47,7 +47,7 @@ class SourceFile:
     digest: str = option(doc="`sha256:<hex>` of the file.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Source:
     """A pinned model or data file."""
 

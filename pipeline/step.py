@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from pipeline.frozen import frozen
 from pipeline.size import SMALL, Need
 
 O = TypeVar("O")  # noqa: E741  the options' type, as design.md names it
@@ -27,7 +27,7 @@ def silent(done: float, total: float = 0, note: str = "") -> None:
     """A Progress for tests and for callers who do not watch."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Stage(Generic[O]):
     """A pure function over directories, and what its result depends on.
 
@@ -55,7 +55,7 @@ class Stage(Generic[O]):
     rename, which the stage takes as done. It removes all else. See docs/decisions/resume.md."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Step:
     """A stage in a plan: `needs` maps the role under which the stage sees an input to the name of an earlier step."""
 

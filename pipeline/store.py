@@ -14,19 +14,19 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.places import default_root
 
 WAIT_S = 0.05
 """Between two looks at a lock that another builder holds."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """A result: `out` is what the stage wrote, `files` its digests, `run` what the run cost (never part of a key)."""
 

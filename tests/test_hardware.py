@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import hardware
 from pipeline.errors import RecipeError
+from pipeline.tables import table
 
 MIB = 1 << 20
 
@@ -47,7 +48,7 @@ def test_every_name_loads(name: str) -> None:
 
 
 def test_a_profile_has_its_words_in_the_list_of_features() -> None:
-    for profile in hardware._profiles()["cpu"].values():
+    for profile in table("hardware")["cpu"].values():
         assert set(profile["isa"]) <= set(hardware.ISA)
 
 

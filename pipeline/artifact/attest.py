@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from pipeline.artifact import paths
 from pipeline.artifact.manifest import ManifestFacts, freeze
 from pipeline.artifact.place import sync_names
 from pipeline.errors import VerificationError
+from pipeline.frozen import frozen
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -112,7 +113,7 @@ def statement_problem(data: bytes, artifact_id: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class StepRun:
     """What one step cost in this build. A cache hit tells what it cost when it ran."""
 
@@ -166,7 +167,7 @@ def provenance(
     return Attestation(PROVENANCE, predicate)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ParityResult:
     """How an engine compared with the fp32 reference, or why that is not known yet."""
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Final, Literal
 
 from pipeline.artifact import paths
 from pipeline.artifact.roles import role_problem
 from pipeline.digest import canonical
+from pipeline.frozen import frozen
 from pipeline.step import Scope
 
 SCHEMA: Final = "urn:enginewright:artifact:v1"
@@ -29,7 +30,7 @@ def _checked(rule: Any, default: Any = ...) -> Any:
     return field(metadata={"rule": rule}) if default is ... else field(default=default, metadata={"rule": rule})
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class SourceFile:
     """A file that the build read."""
 
@@ -38,7 +39,7 @@ class SourceFile:
     digest: str = _checked(paths.digest_problem)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Source:
     """Where something came from: `uri` is `hf://org/name` or a path relative to the recipe, `revision` a commit."""
 
@@ -50,7 +51,7 @@ class Source:
     files: tuple[SourceFile, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class StageRecord:
     """A step of the build: `needs` maps a role to an earlier step's id, `outputs` a path to its digest."""
 
@@ -67,7 +68,7 @@ class StageRecord:
     deterministic: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Device:
     """What computes. `compute_capability` is that of CUDA devices, as in `9.0`."""
 
@@ -78,7 +79,7 @@ class Device:
     """Oldest driver of the device that runs the artifact."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Target:
     """The machine that the artifact is for. `isa` names what the engine needs beyond the architecture's baseline."""
 
@@ -89,7 +90,7 @@ class Target:
     device: Device = field(default_factory=Device)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Requirement:
     """Which versions of a package serve the artifact; `exact` excludes the others."""
 
@@ -98,7 +99,7 @@ class Requirement:
     max: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Runtime:
     """What serves the artifact. `entry` is what the runtime opens, relative to the artifact; `.` is the folder."""
 
@@ -111,7 +112,7 @@ class Runtime:
     settings: Mapping[str, Json] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TensorSpec:
     """A named input or output; a dimension that varies is a name."""
 
@@ -120,7 +121,7 @@ class TensorSpec:
     shape: tuple[int | str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Interface:
     """What goes in and comes out. `limits` are integers by name, as in `context_length`."""
 
@@ -131,7 +132,7 @@ class Interface:
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class File:
     """A file of the artifact; `size` in bytes."""
 
@@ -150,7 +151,7 @@ def threshold_problem(threshold: str) -> str | None:
         return "is not a decimal"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ManifestFacts:
     """What is known of an artifact before its files are listed."""
 
@@ -173,7 +174,7 @@ class ManifestFacts:
     """SPDX expressions."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Manifest(ManifestFacts):
     """manifest.json."""
 

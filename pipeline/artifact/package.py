@@ -7,7 +7,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from pipeline.artifact.read import decode
 from pipeline.artifact.roles import ROLES, role_of
 from pipeline.digest import canonical, sha256_file
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 
 Payload = Mapping[str, Path | bytes]
 """Path in the artifact -> the file that it is, or the bytes of a generated one."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Assembled:
     """An artifact in its place. `changed` is False when it was there already, whole, and nothing was written."""
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.artifact.attest import ParityResult
 from pipeline.artifact.manifest import Manifest
 from pipeline.artifact.verify import Report, require, verify
 from pipeline.errors import BY_EXIT_CODE, StageError
+from pipeline.frozen import frozen
 from pipeline.parity import gates
 
 CHILD = (sys.executable, "-P", "-m", "pipeline.artifact.run_golden")
@@ -32,7 +32,7 @@ CHILD = (sys.executable, "-P", "-m", "pipeline.artifact.run_golden")
 TAIL_LINES = 15
 
 
-@dataclass(frozen=True)
+@frozen
 class Proof:
     """A verified artifact and how it did on this machine."""
 

@@ -7,7 +7,6 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import dsse, paths, swap
@@ -15,9 +14,10 @@ from pipeline.artifact.attest import statement_problem
 from pipeline.artifact.manifest import File, Manifest, artifact_id
 from pipeline.artifact.read import decode, manifest_file
 from pipeline.errors import RecipeError, VerificationError
+from pipeline.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Report:
     """What was found. `artifact_id` and `manifest` are None when manifest.json itself is not valid."""
 

@@ -12,18 +12,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pipeline.bench.run import ROOT
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 
 START_S = 600.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Load:
     """What is asked of the server."""
 

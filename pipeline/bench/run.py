@@ -19,12 +19,13 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import BY_EXIT_CODE, StageError
+from pipeline.frozen import frozen
 
 CHILD = (sys.executable, "-P", "-m", "pipeline.bench.child")
 ROOT = str(Path(pipeline.__file__).parents[1])
 
 
-@dataclass(frozen=True)
+@frozen
 class Case:
     """What is measured."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.cli.outcome import Judged, why
 from pipeline.cli.prepare import Prepared
+from pipeline.frozen import frozen
 from pipeline.parity.gates import Outcome
 from pipeline.store import Entry
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROMPT, NEW, ROUNDS = 64, 64, 3
 
 
-@dataclass(frozen=True)
+@frozen
 class Choice:
     """What became of a target, and why."""
 

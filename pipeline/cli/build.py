@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from pipeline.cli import best_of, outcome, plan_table, preflight
+from pipeline.cli import outcome, preflight
 from pipeline.cli.cache import size
 from pipeline.cli.console import listening, opened
 from pipeline.cli.errors import report
@@ -29,6 +29,7 @@ from pipeline.run.status import status
 from pipeline.store import Entry, Store, open_store
 
 if TYPE_CHECKING:
+    from pipeline.cli.best_of import Choice
     from pipeline.shared import Shared
 
 FOLDER = click.Path(path_type=Path)
@@ -117,6 +118,8 @@ def build(
         raise
     most = (memory_bytes or probe().memory_bytes) if where == "local" else 0  # a cluster says itself what it has
     if plan_only:
+        from pipeline.cli import plan_table
+
         plan_table.show(prepared, states, there, store, most, form)
         runs = (state.step for state in states if not state.hit and state.step.key not in there)
         if misfit := preflight.too_large(runs, most):
@@ -145,8 +148,14 @@ def build(
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
-            outcome.write_junit(junit, prepared.recipe.name, judged)
-        choices = best_of.choose(prepared, judged, results) if choosing else []
+            from pipeline.cli.junit import write_junit
+
+            write_junit(junit, prepared.recipe.name, judged)
+        choices: list[Choice] = []
+        if choosing:
+            from pipeline.cli.best_of import choose
+
+            choices = choose(prepared, judged, results)
         if any(choice.kept for choice in choices):  # what failed its gates has lost, and fails nothing
             kept = {choice.target for choice in choices if choice.kept}
             judged = [each for each in judged if each.target in kept]
@@ -162,7 +171,9 @@ def build(
     else:
         click.echo(outcome.text(judged, made))
         if choices:
-            click.echo(best_of.text(choices))
+            from pipeline.cli.best_of import text
+
+            click.echo(text(choices))
     outcome.tell_github(judged, made)
     if failed:
         raise GateError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipeline.artifact.read import load
 from pipeline.cli import transfer
 from pipeline.cli.console import table
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.registry import attestations, places, reference
 from pipeline.registry.origin import plain
 from pipeline.registry.version import open_version
@@ -24,7 +24,7 @@ ABSENT = "-"
 Reader = Callable[["Side"], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@frozen
 class Side:
     """One of the two."""
 

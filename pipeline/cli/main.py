@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import os
 import signal
@@ -55,7 +56,11 @@ class Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = getattr(importlib.import_module(f"pipeline.cli.{cmd_name}"), cmd_name)
+        gc.disable()  # what modules make while they load stays: a collection finds nothing
+        try:
+            command = getattr(importlib.import_module(f"pipeline.cli.{cmd_name}"), cmd_name)
+        finally:
+            gc.enable()
         assert isinstance(command, click.Command)
         return command
 

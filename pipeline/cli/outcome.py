@@ -1,14 +1,12 @@
-"""What came out of a build: verdicts by target, as text, JSON, JUnit and GitHub's summary."""
+"""What came out of a build: verdicts by target, as text, JSON and GitHub's summary."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import click
 
@@ -16,7 +14,8 @@ from pipeline.artifact.attest import ParityResult
 from pipeline.artifact.package import Assembled
 from pipeline.cli.console import megabytes, table
 from pipeline.cli.prepare import Prepared
-from pipeline.errors import GateError, StageError
+from pipeline.errors import GateError
+from pipeline.frozen import frozen
 from pipeline.parity import gates
 from pipeline.parity.gates import Outcome, Verdict
 from pipeline.recipe import Recipe, TargetOptions
@@ -33,7 +32,7 @@ STAND_INS = {"graph": "its graph on another runtime", "checkpoint": "its checkpo
 """`parity.<name>` judges what an engine was made from, where the engine itself may not run."""
 
 
-@dataclass(frozen=True)
+@frozen
 class StandIn:
     """What was judged beside an engine that may not run here, or in its place."""
 
@@ -42,7 +41,7 @@ class StandIn:
     result: ParityResult
 
 
-@dataclass(frozen=True)
+@frozen
 class Judged:
     """A target, measured and judged."""
 
@@ -232,46 +231,8 @@ def document(recipe: Recipe, judged: Sequence[Judged], made: Mapping[str, Assemb
     }
 
 
-def _stand_in_suite(suites: ElementTree.Element, name: str, result: ParityResult) -> None:
-    """The gates of what stands for an engine that may not run."""
-    tests, failures = str(len(result.passed) + len(result.failed)), str(len(result.failed))
-    suite = ElementTree.SubElement(suites, "testsuite", name=name, tests=tests, failures=failures)
-    for metric in (*result.passed, *result.failed):
-        case = ElementTree.SubElement(suite, "testcase", classname=name.replace("/", "."), name=metric)
-        if metric in result.failed:
-            ElementTree.SubElement(case, "failure", message=result.reason)
-
-
 def _brief(result: ParityResult) -> dict[str, Any]:
     return {"outcome": result.verdict, "passed": list(result.passed), "failed": list(result.failed)}
-
-
-def write_junit(path: Path, name: str, judged: Sequence[Judged]) -> None:
-    """One test suite a target, one test case a gate."""
-    suites = ElementTree.Element("testsuites", name=name)
-    for each in judged:
-        count = {outcome: sum(v.outcome is outcome for v in each.verdicts) for outcome in Outcome}
-        suite = ElementTree.SubElement(
-            suites,
-            "testsuite",
-            name=f"{name}/{each.target}",
-            tests=str(len(each.verdicts)),
-            failures=str(count[Outcome.FAILED]),
-            skipped=str(count[Outcome.DEFERRED] + count[Outcome.OFF]),
-        )
-        for verdict in each.verdicts:
-            case = ElementTree.SubElement(suite, "testcase", classname=f"{name}.{each.target}", name=verdict.metric)
-            if verdict.outcome is Outcome.FAILED:
-                ElementTree.SubElement(case, "failure", message=gates.explain(verdict))
-            elif verdict.outcome is not Outcome.PASSED:
-                ElementTree.SubElement(case, "skipped", message=str(verdict.outcome))
-        if each.stand_in:
-            _stand_in_suite(suites, f"{name}/{each.target}/{each.stand_in.what}", each.stand_in.result)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        raise StageError(f"--junit: {path} cannot be written: {error.strerror}") from error
 
 
 def tell_github(judged: Sequence[Judged], made: Mapping[str, Assembled]) -> None:

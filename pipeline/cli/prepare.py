@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from pipeline import hardware as machines
 from pipeline import targets
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.parity import gates
 from pipeline.parse import load_recipe
@@ -27,7 +28,7 @@ NAME_LENGTH = 100
 """Of a recipe or a target; file systems take 255, and beside an artifact lie folders with a longer name."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Prepared:
     """Everything that is known before anything runs."""
 

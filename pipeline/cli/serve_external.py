@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.frozen import frozen
 
 if TYPE_CHECKING:
     from pipeline.serve.external import Server
@@ -32,7 +33,7 @@ END_S = 30
 FEW_CORES = 4
 
 
-@dataclass(frozen=True)
+@frozen
 class Asked:
     """What was said on the command line."""
 

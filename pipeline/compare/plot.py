@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from pipeline.frozen import frozen
 
 _WIDTH, _HEIGHT = 480, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 24, 16, 48
 
 
-@dataclass(frozen=True)
+@frozen
 class Axis:
     """What is drawn along an axis."""
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import attest
 from pipeline.artifact.verify import verify
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
+from pipeline.tables import table
 
-FRAMEWORKS = Path(__file__).parents[1] / "data" / "frameworks.toml"
 Origin = Literal["measured", "manifest", "cited", "deferred", "none"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Cell:
     """A value with its origin. `where` names the attestation, the file or the address that holds it."""
 
@@ -31,7 +29,7 @@ class Cell:
 NONE = Cell(None, "-", "none")
 
 
-@dataclass(frozen=True)
+@frozen
 class Column:
     name: str
     title: str
@@ -72,7 +70,7 @@ def columns(kind: str) -> tuple[Column, ...]:
     return (*IDENTITY, *QUALITY[which], *SPEED[which], *COST, *ABILITIES)
 
 
-@dataclass(frozen=True)
+@frozen
 class Row:
     """An artifact."""
 
@@ -137,10 +135,9 @@ def _version(manifest: Any) -> str:
     return "-"
 
 
-@functools.cache
 def frameworks() -> dict[str, dict[str, str]]:
     """data/frameworks.toml"""
-    return tomllib.loads(FRAMEWORKS.read_text("utf-8"))
+    return table("frameworks")
 
 
 def _cited(runtime: str) -> dict[str, Cell]:

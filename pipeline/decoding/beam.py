@@ -10,15 +10,15 @@ Legend: n beams, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.decoding.choose import penalize
 from pipeline.engine import Array, Sampling
+from pipeline.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class _Beam:
     """A sequence: its score, its new tokens and the model's log probability of each."""
 

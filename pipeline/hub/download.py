@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import NetworkError, StageError, VerificationError
+from pipeline.errors import NetworkError, VerificationError, disk_full
 from pipeline.hub.client import endpoint, library, timeout_s
 from pipeline.hub.explain import RESUMES, wait_or_raise
 from pipeline.hub.listing import RemoteFile
@@ -67,15 +67,6 @@ def download(
             )
         partial.replace(place)
         return "sha256:" + sums.sha256.hexdigest()
-
-
-def disk_full(place: Path, need: int) -> StageError:
-    """The error for a full disk. `need` is in bytes."""
-    free = shutil.disk_usage(place.parent).free
-    return StageError(
-        f"no space left for {place}: {need:,} bytes needed, {free:,} bytes free",
-        hint="free some space (`enginewright cache gc`), or give another place with --cache",
-    )
 
 
 class _Sums:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pipeline.frozen import frozen
 from pipeline.hub.client import endpoint, library, timeout_s
 from pipeline.hub.explain import wait_or_raise
 
 
-@dataclass(frozen=True)
+@frozen
 class RemoteFile:
     """A file of a commit. The hub announces `sha256` (hex) of LFS files, and `blob`, git's sha1, of the others."""
 

@@ -7,16 +7,15 @@ command line judges a cached report with it in a process that starts in 0.3 s.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
+from pipeline.tables import table
 
 Direction = Literal["max", "min"]
 """`max`: the threshold is the largest value that passes; `min`: the smallest."""
@@ -31,7 +30,7 @@ class Outcome(StrEnum):
     OFF = "off"
 
 
-@dataclass(frozen=True)
+@frozen
 class Metric:
     """What a number of the report means."""
 
@@ -46,7 +45,7 @@ class Metric:
     """How it is computed, or after whom it is named."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Verdict:
     """One gate's outcome."""
 
@@ -65,11 +64,6 @@ class Verdict:
 
 
 @cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads(files("pipeline").joinpath("data/gates.toml").read_text("utf-8"))
-
-
-@cache
 def metrics() -> dict[str, Metric]:
     """Every metric of every report by name, in the order in which a table shows them."""
     return {
@@ -81,7 +75,7 @@ def metrics() -> dict[str, Metric]:
             kinds=tuple(entry["kinds"]),
             source=entry["source"],
         )
-        for name, entry in _table()["metrics"].items()
+        for name, entry in table("gates")["metrics"].items()
     }
 
 
@@ -90,9 +84,9 @@ def defaults(kind: str, precision: str, task: str | None = None) -> dict[str, fl
 
     Raises RecipeError for a kind or a precision that the table does not have.
     """
-    by_precision = _lookup(_table()["gates"], kind, "kind of model")
+    by_precision = _lookup(table("gates")["gates"], kind, "kind of model")
     chosen: dict[str, float] = dict(_lookup(by_precision, precision, "precision"))
-    chosen.update(_table()["tasks"].get(task or "", {}).get(precision, {}))
+    chosen.update(table("gates")["tasks"].get(task or "", {}).get(precision, {}))
     return chosen
 
 

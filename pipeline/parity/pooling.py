@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 
 _OLD_NAMES = {
     "pooling_mode_cls_token": "cls",
@@ -22,7 +22,7 @@ _OLD_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class Pooling:
     """How token vectors become one vector."""
 

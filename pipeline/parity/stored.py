@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import VerificationError
+from pipeline.frozen import frozen
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +35,7 @@ class Greedy(NamedTuple):
     """The new token ids of each prompt, the end token included."""
 
 
-@dataclass(frozen=True)
+@frozen
 class NpyFile:
     """An array in a .npy file (C order) that is read sample by sample."""
 
@@ -89,7 +89,7 @@ class NpyWriter:
         self._file.close()
 
 
-@dataclass(frozen=True)
+@frozen
 class Stored:
     """Reference inputs and outputs on disk."""
 

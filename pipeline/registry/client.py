@@ -14,12 +14,12 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.errors import NetworkError, RecipeError
+from pipeline.frozen import frozen
 from pipeline.registry import auth
 from pipeline.registry.origin import is_loopback, plain
 
@@ -45,7 +45,7 @@ AGAIN = "run the command again: what has arrived is not sent or fetched again"
 Body = Callable[[], Iterator[bytes]]
 
 
-@dataclass(frozen=True)
+@frozen
 class Refused(Exception):  # noqa: N818  a status that the caller may know what to do with
     """The registry answered with a status that was not asked for."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipeline.errors import NetworkError, VerificationError
+from pipeline.frozen import frozen
 from pipeline.registry.fallback import is_internal
 from pipeline.registry.layout import Layout
 from pipeline.registry.transfer import blobs, children
 
 
-@dataclass(frozen=True)
+@frozen
 class Collected:
     """What was removed."""
 

@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NetworkError, RecipeError
+from pipeline.frozen import frozen
 
 HELPER_S = 30
 HUB = "registry-1.docker.io"
@@ -23,7 +24,7 @@ HUB_NAMES = ("index.docker.io", "docker.io")
 """What Docker Hub is called, and by what `docker login` knows it."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Credentials:
     """A user and a password, or an identity token."""
 

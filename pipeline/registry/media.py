@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from pipeline.artifact.paths import digest_problem, size_problem
 from pipeline.errors import VerificationError
+from pipeline.frozen import frozen
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -40,7 +41,7 @@ MAX_MANIFEST = 4 * 2**20
 MAX_ATTESTATION = 16 * 2**20
 
 
-@dataclass(frozen=True)
+@frozen
 class Descriptor:
     """What OCI points with."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from pipeline.artifact.manifest import Manifest, artifact_id
 from pipeline.artifact.read import decode, load
 from pipeline.digest import canonical
 from pipeline.errors import VerificationError
+from pipeline.frozen import frozen
 from pipeline.registry import media
 from pipeline.registry.media import Descriptor
 from pipeline.registry.repository import Repository
@@ -21,7 +21,7 @@ ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 FORMATS = {"onnxruntime": "onnx", "gguf": "gguf", "openvino": "openvino", "transformers": "safetensors"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Packed:
     """One target, ready to be stored: `files` are paths in the artifact's folder by digest."""
 
@@ -92,7 +92,7 @@ def index(packed: list[Descriptor], manifest: Manifest) -> bytes:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Unpacked:
     """One target of a repository, its two manifests read and held against each other; no file was fetched."""
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from pipeline.artifact import attest, dsse
 from pipeline.errors import GateError
+from pipeline.frozen import frozen
 from pipeline.registry import attestations
 from pipeline.registry.version import Version
 
 
-@dataclass(frozen=True)
+@frozen
 class Parity:
     """What a target's parity attestations say together: `passed`, `failed`, `deferred`, or `missing`."""
 

@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +20,7 @@ from pipeline.artifact.package import check_replaceable
 from pipeline.artifact.place import place, sync, sync_names, write
 from pipeline.artifact.verify import examine
 from pipeline.errors import VerificationError
+from pipeline.frozen import frozen
 from pipeline.registry import attestations, media
 from pipeline.registry.crew import together
 from pipeline.registry.layout import Layout, cannot_write, settle
@@ -30,7 +30,7 @@ from pipeline.registry.repository import BLOCK, Advance, Repository, quiet
 from pipeline.registry.stream import verified
 
 
-@dataclass(frozen=True)
+@frozen
 class Pulled:
     """An artifact in its place."""
 

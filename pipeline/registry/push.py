@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import paths
 from pipeline.errors import NetworkError, RecipeError
+from pipeline.frozen import frozen
 from pipeline.registry import attestations, media
 from pipeline.registry.crew import together
 from pipeline.registry.media import Descriptor
@@ -18,7 +18,7 @@ from pipeline.registry.stream import of_bytes, of_file
 from pipeline.registry.transfer import Sent, child_tag, children
 
 
-@dataclass(frozen=True)
+@frozen
 class Pushed:
     """What is in the repository now, and what had to be sent for it."""
 

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 
 Kind = Literal["registry", "layout", "archive", "local"]
 
@@ -23,7 +24,7 @@ _PREFIXES: dict[str, Kind] = {"oci:": "layout", "oci-archive:": "archive", "loca
 HINT = "for example registry.example.org/models/bert:1.0.0, oci:FOLDER:1.0.0, oci-archive:FILE.tar, local:bert:1.0.0"
 
 
-@dataclass(frozen=True)
+@frozen
 class Reference:
     """A place and what is meant there; `tag` and `digest` may be empty."""
 

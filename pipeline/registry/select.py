@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
@@ -12,6 +11,7 @@ from packaging.version import InvalidVersion, Version
 from pipeline import targets
 from pipeline.artifact.manifest import Manifest, Requirement, Target, freeze
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import ISA, Device, Hardware
 from pipeline.registry.origin import plain
 
@@ -19,7 +19,7 @@ Rank = Literal["exact", "family", "isa", "portable", "no"]
 ORDER: tuple[Rank, ...] = ("exact", "family", "isa", "portable", "no")
 
 
-@dataclass(frozen=True)
+@frozen
 class Fit:
     """How one target suits a machine."""
 

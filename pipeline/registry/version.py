@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.artifact import paths
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import RecipeError, UnavailableError, VerificationError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.registry import media, select
 from pipeline.registry.media import Descriptor
@@ -18,7 +18,7 @@ from pipeline.registry.select import Fit
 from pipeline.registry.transfer import children
 
 
-@dataclass(frozen=True)
+@frozen
 class Version:
     """What a reference stands for. A manifest that is no index is a version of one target."""
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, free_memory
 
 SHARE = 0.9
 """Of the memory that is free when a build begins: the rest is for the page cache and for neighbours that grow."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Budget:
     """Limits of a build. Zero bytes mean that no limit is known."""
 

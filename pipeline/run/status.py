@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.plan import Plan, PlannedStep
 from pipeline.store import Store
 
 
-@dataclass(frozen=True)
+@frozen
 class Status:
     """Whether a step's result is there, and if not, why not."""
 

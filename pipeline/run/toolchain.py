@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import installed
 from pipeline.errors import StageError, UnavailableError
 from pipeline.places import toolchain_home, toolchain_python
 
@@ -39,14 +39,11 @@ def _site_packages(python: str) -> tuple[str, ...]:
 
 def version(distribution: str, toolchain: str, configured: Mapping[str, str]) -> str:
     """The installed version of a distribution in a toolchain, read from its metadata: nothing is imported."""
-    try:
-        if toolchain == "default":
-            return importlib.metadata.version(distribution)
-        path = list(_site_packages(interpreter(toolchain, configured)))
-        return next(iter(importlib.metadata.distributions(name=distribution, path=path))).version
-    except (importlib.metadata.PackageNotFoundError, StopIteration):
+    path = None if toolchain == "default" else _site_packages(interpreter(toolchain, configured))
+    if (found := installed.version(distribution, path)) is None:
         where = "" if toolchain == "default" else f" in the toolchain {toolchain!r}"
-        raise UnavailableError(f"the package {distribution!r} is not installed{where}") from None
+        raise UnavailableError(f"the package {distribution!r} is not installed{where}")
+    return found
 
 
 def names() -> list[str]:

@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,6 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pipeline.errors import EnginewrightError, RecipeError
+from pipeline.frozen import frozen
 from pipeline.serve import encode, problems
 from pipeline.serve.completions import ChatCompletion, Completion, Server
 from pipeline.serve.schema import Api
@@ -26,7 +26,7 @@ _OPEN = ("/health", "/ready")
 """Answered without a key."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Guards:
     """What a request may be."""
 

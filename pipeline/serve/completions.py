@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.serve.answer import Choice, Told, token_text
 from pipeline.serve.generation import Generation, Wanted, sampling_of, scored
 from pipeline.serve.metrics import Metrics
@@ -20,7 +21,7 @@ from pipeline.text import chat_prompt
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI's API has it
 
 
-@dataclass(frozen=True)
+@frozen
 class Server:
     """What every endpoint works with."""
 

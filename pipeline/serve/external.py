@@ -5,23 +5,21 @@ What it is told comes from the manifest, whose arguments were checked against th
 
 from __future__ import annotations
 
-import functools
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import field
 from typing import Any
 
+from pipeline import tables
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 
-SERVERS = Path(__file__).parents[1] / "data" / "servers.toml"
 _BY_LAYOUT = {"ollama": "ollama", "triton-model": "triton"}
 _BY_RUNTIME = {"vllm": "vllm", "turbomind": "turbomind"}
 _OTHERS = {"openvino": ("ovms",), "gguf": ("llama-server", "ollama")}
 """What may be asked for by name, beside our own server."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Server:
     """How an artifact is served in a container, or on this machine."""
 
@@ -46,10 +44,9 @@ class Server:
     """The variable of its environment that holds the key of its clients; empty: it asks for none."""
 
 
-@functools.cache
 def table() -> dict[str, dict[str, Any]]:
     """data/servers.toml"""
-    return tomllib.loads(SERVERS.read_text("utf-8"))
+    return tables.table("servers")
 
 
 def framework_of(manifest: Mapping[str, Any]) -> str:

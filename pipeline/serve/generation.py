@@ -7,11 +7,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.decoding import Piece, limits
 from pipeline.engine import Sampling
+from pipeline.frozen import frozen
 from pipeline.serve.answer import Choice
 from pipeline.serve.metrics import Metrics, Timer
 from pipeline.serve.problems import BadRequest
@@ -24,7 +24,7 @@ takes a third of a millisecond; what is slower than this goes out token by token
 _MOST_SCORED = 1 << 28  # logits of a prompt that is scored, in numbers: 1 GiB
 
 
-@dataclass(frozen=True)
+@frozen
 class Wanted:
     """What a request asks of each of its prompts."""
 

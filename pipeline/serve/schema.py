@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-from dataclasses import dataclass
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.serve.problems import BadRequest
+from pipeline.tables import DATA
 
 _HINT = "see /openapi.json"
 
 
-@dataclass(frozen=True)
+@frozen
 class Limits:
     """What of the artifact and of the server's options enters the schemas."""
 
@@ -32,7 +32,7 @@ class Api:
         import jsonschema_rs
         import yaml
 
-        text = importlib.resources.files("pipeline").joinpath("data/openapi.yaml").read_text("utf-8")
+        text = (DATA / "openapi.yaml").read_text("utf-8")
         document = json.loads(json.dumps(yaml.safe_load(text)))  # anchors become values of their own
         schemas = document["components"]["schemas"]
         schemas["Model"]["enum"] = [limits.model]

@@ -7,15 +7,16 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from pipeline.engine import Sampling
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.serve.served import GENERATES, Served
 
 
-@dataclass(frozen=True)
+@frozen
 class Options:
     """How it is served."""
 

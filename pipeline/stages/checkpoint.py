@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError, StageError
+from pipeline.frozen import frozen
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _NUMPY: dict[str, str] = {
@@ -45,7 +45,7 @@ _CONVERT = (
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Tensor:
     """One tensor of a checkpoint: where its bytes are. `offset` and `length` are in bytes, from the file's start."""
 

@@ -10,15 +10,11 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.digest import StatCache
-from pipeline.errors import NetworkError, RecipeError, StageError
-from pipeline.hub.client import cached
-from pipeline.hub.download import disk_full, download
-from pipeline.hub.listing import RemoteFile
+from pipeline.errors import NetworkError, RecipeError, StageError, disk_full
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.source import SourceFile
 from pipeline.step import Inputs, Progress, Stage
@@ -38,7 +34,7 @@ AGAIN = "run the build again: it plans with the files as they are"
 Advance = Callable[[int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FetchOptions:
     """What is fetched, which makes the key, and from where, which does not."""
 
@@ -72,8 +68,12 @@ def run(inputs: Inputs, options: FetchOptions, out: Path, progress: Progress) ->
 STAGE = Stage("fetch", run)
 
 
+class _StoppedError(Exception):
+    """Another thread has failed, and says why."""
+
+
 class _Counter:
-    """Adds up bytes of several threads for one progress; raises CancelledError in the others when one has failed."""
+    """Adds up bytes of several threads for one progress; raises _StoppedError in the others when one has failed."""
 
     def __init__(self, total: int, progress: Progress) -> None:
         self.total, self.progress, self.note = total, progress, ""
@@ -83,7 +83,7 @@ class _Counter:
 
     def __call__(self, size: int) -> None:
         if self.stopped:
-            raise CancelledError
+            raise _StoppedError
         with self.guard:
             self.done += size
             if abs(self.done - self.told) >= BLOCK or self.done == self.total:
@@ -94,7 +94,6 @@ class _Counter:
 def _take(source: Path, file: SourceFile, place: Path, uri: str, known: StatCache | None, advance: Advance) -> None:
     """Put a local file in its place, verified."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    label = uri if file.path in ("data.txt", "data.jsonl") else f"{uri}/{file.path}"
     text = file.path in ("data.txt", "data.jsonl")
     label = uri if text else f"{uri}/{file.path}"
     try:
@@ -169,6 +168,8 @@ def _download_all(options: FetchOptions, out: Path, advance: _Counter) -> None:
     need = sum(max(0, file.size - _present(kept_at(cache, file.digest))) for file in options.files)
     if need > shutil.disk_usage(out).free:
         raise disk_full(out, need)
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     pool = ThreadPoolExecutor(WORKERS)
     try:
         for done in as_completed([pool.submit(_bring, file, options, cache, out, advance) for file in options.files]):
@@ -184,6 +185,10 @@ def _download_all(options: FetchOptions, out: Path, advance: _Counter) -> None:
 
 def _bring(file: SourceFile, options: FetchOptions, cache: Path, out: Path, advance: _Counter) -> None:
     """One file from the cache, from the library's own cache or from the hub."""
+    from pipeline.hub.client import cached
+    from pipeline.hub.download import download
+    from pipeline.hub.listing import RemoteFile
+
     place, kept, commit = out / file.path, kept_at(cache, file.digest), options.revision or ""
     repo = options.uri.removeprefix("hf://")
     if not kept.exists():

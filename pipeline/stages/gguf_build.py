@@ -10,11 +10,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
@@ -27,7 +27,7 @@ KV = Literal["F32", "F16"]
 Layout = Literal["llama.cpp", "modelfile", "ollama"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class BuildOptions:
     """What file to write, and into which folder layout."""
 

@@ -6,19 +6,16 @@ window was left out as well as the right one, and only its answers are wrong.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.stages.gguf_rope import Rope, read_ropes
-from pipeline.stages.onnx_families import families as decoder_families
+from pipeline.tables import table
 
 
-@dataclass(frozen=True)
+@frozen
 class Model:
     """What a decoder is, whatever the family: all that the writer needs to know."""
 
@@ -60,10 +57,9 @@ class Unknown(UnavailableError):  # noqa: N818  an UnavailableError by another n
     """The GGUF writer does not know something that config.json says."""
 
 
-@cache
 def families() -> dict[str, Any]:
-    """pipeline/data/gguf_families.toml."""
-    return tomllib.loads(files("pipeline").joinpath("data/gguf_families.toml").read_text(encoding="utf-8"))
+    """data/gguf_families.toml."""
+    return table("gguf_families")
 
 
 def read_model(config: Mapping[str, Any], context_length: int | None = None) -> Model:
@@ -167,7 +163,7 @@ def _facts(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    ignored, moe = decoder_families()["ignored"], facts.get("moe") or {}
+    ignored, moe = table("ignored_fields"), facts.get("moe") or {}
     known = {*ignored["fields"], *facts["reads"], *facts["keys"], *facts["defaults"], "sliding_window"}
     known |= {says for says in facts["biased"].values() if isinstance(says, str)}
     known |= {moe["used"], moe["size"], *moe["experts"]} if moe else set()

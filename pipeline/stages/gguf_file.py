@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.stages import gguf_native
 from pipeline.stages.gguf_mix import Choice
 from pipeline.stages.gguf_tensors import SLICE, Out
@@ -22,7 +22,7 @@ ALIGNMENT = 32
 _PLAIN = {"F32": "<f4", "F16": "<f2"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Stored:
     """A tensor of a GGUF file. `shape` is as torch has it; `offset` and `size` are bytes in the file."""
 

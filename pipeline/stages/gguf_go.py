@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.stages.gguf_metadata import chat_template
+from pipeline.tables import table
 from pipeline.text import render_chat
 
 _SYSTEM = {"role": "system", "content": "Answer in one word."}
@@ -22,10 +20,9 @@ _PROBES: tuple[list[dict[str, str]], ...] = (_TALK[:1], _TALK, [_SYSTEM, *_TALK]
 """Conversations by which templates are compared; the last is left out where a template refuses a system message."""
 
 
-@cache
 def templates() -> dict[str, Any]:
-    """pipeline/data/ollama_templates.toml."""
-    return tomllib.loads(files("pipeline").joinpath("data/ollama_templates.toml").read_text(encoding="utf-8"))
+    """data/ollama_templates.toml."""
+    return table("ollama_templates")
 
 
 def go_template(model: Path) -> tuple[str, tuple[str, ...]]:

@@ -6,11 +6,11 @@ The output matrix is left out, as llama.cpp leaves it out by default.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FILE = "importance.npz"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ImportanceOptions:
     """How much data is used."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.stages.gguf_families import Model
+from pipeline.tables import table
 
 BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32}
 BLOCKS |= {"IQ4_NL": 32, "MXFP4": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256, "IQ4_XS": 256}
@@ -26,7 +24,7 @@ _CATEGORIES: tuple[tuple[str, str], ...] = (
 """Part of a tensor's name -> what rules call it."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Choice:
     """What a tensor becomes."""
 
@@ -35,10 +33,9 @@ class Choice:
     """What the rules ask for; another type where a row does not divide by its block."""
 
 
-@cache
 def mixes() -> dict[str, Any]:
-    """pipeline/data/gguf_mixes.toml."""
-    return tomllib.loads(files("pipeline").joinpath("data/gguf_mixes.toml").read_text(encoding="utf-8"))
+    """data/gguf_mixes.toml."""
+    return table("gguf_mixes")
 
 
 def labels() -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ _FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 _KINDS = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True)
+@frozen
 class Rope:
     """RoPE of a model's full layers."""
 

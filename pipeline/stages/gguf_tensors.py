@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.stages.checkpoint import Checkpoint, Tensor
 from pipeline.stages.gguf_families import Model
 from pipeline.stages.gguf_rope import rope_tensors
@@ -24,7 +24,7 @@ _IGNORED = ("rotary_emb.inv_freq", ".attention.masked_bias")
 """Buffers that old checkpoints carry."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Part:
     """A tensor of the checkpoint, or the rows `first` to `last` of its second axis from the end."""
 
@@ -35,7 +35,7 @@ class Part:
     last: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Out:
     """A tensor of the GGUF file."""
 

@@ -8,16 +8,14 @@ without a word is refused.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.stages.checkpoint import read_json
+from pipeline.tables import table
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's token types."""
@@ -26,7 +24,7 @@ _WORSE = -1e9
 """Score of a SentencePiece token that no merge makes."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Vocab:
     """What goes into `tokenizer.ggml.*`."""
 
@@ -201,10 +199,8 @@ def _check_bytes(document: Mapping[str, Any]) -> None:
             raise UnavailableError(f"tokenizer.json has {name}, which llama.cpp does not have")
 
 
-@cache
 def _pre_tokenizers() -> tuple[dict[str, Any], ...]:
-    text = files("pipeline").joinpath("data/gguf_pretokenizers.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["pre"])
+    return tuple(table("gguf_pretokenizers")["pre"])
 
 
 def _known_id(name: str) -> str:

@@ -8,11 +8,11 @@ fit into 256 KiB, and four at least.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Array, Engine
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.stages.measure import accepted, report
 from pipeline.step import Inputs, Progress, Stage
@@ -40,7 +40,7 @@ _NEED_MANY: tuple[str, ...] = (
 _NEED_MANY += ("ln_ppl_ratio_mean", "ln_ppl_ratio_stderr", "rms_delta_p")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class GoldenOptions:
     """How much."""
 

@@ -13,13 +13,13 @@ import json
 import math
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import EnginewrightError, VerificationError
+from pipeline.frozen import frozen
 from pipeline.stages import llm_unpack
 from pipeline.stages.checkpoint import Checkpoint, Tensor, as_float32, read_header
 from pipeline.stages.llm_family import Family, Linear, describe, table
@@ -38,7 +38,7 @@ _PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     """What is wrong, and where."""
 

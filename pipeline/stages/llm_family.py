@@ -5,20 +5,18 @@ Imports nothing that computes: planning reads it, the quantizer, and the validat
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from pipeline import tables
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.frozen import frozen
 
 LAYERS = "model.layers"
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True)
+@frozen
 class Linear:
     """One matrix product of a layer."""
 
@@ -29,7 +27,7 @@ class Linear:
     bias: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class Fold:
     """Where a scale of the input of the linears `to` is taken out again."""
 
@@ -39,7 +37,7 @@ class Fold:
     norm: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class Family:
     """A decoder as its checkpoint stores it."""
 
@@ -89,10 +87,9 @@ class Family:
             yield HEAD, (self.vocab, self.hidden)
 
 
-@cache
 def table() -> dict[str, Any]:
-    """pipeline/data/llm_servers.toml."""
-    return tomllib.loads(files("pipeline").joinpath("data/llm_servers.toml").read_text(encoding="utf-8"))
+    """data/llm_servers.toml."""
+    return tables.table("llm_servers")
 
 
 def _facts(name: str) -> dict[str, Any]:

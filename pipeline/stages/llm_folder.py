@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.stages.llm_scheme import Scheme
 from pipeline.step import Inputs, Progress
@@ -24,7 +25,7 @@ _EXTRAS = ("generation_config.json", "tokenizer.json", "tokenizer.model", "token
            "chat_template.json")  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FolderOptions:
     """What engine.json says beside what the quantized folder says of itself."""
 

@@ -10,10 +10,10 @@ Legend: N output channels, K inputs, G groups of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.stages.llm_scheme import BLOCK, TORCH_NAMES, Scheme
 
 Tensor = Any
@@ -23,7 +23,7 @@ SHRINKS = tuple(1 - 0.03 * step for step in range(14))
 """Candidates for a group's scale, as shares of the one that clips nothing."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Rounded:
     """A weight on its grid."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
@@ -22,7 +22,7 @@ THREADS = 4
 """Of torch. Fixed and not the machine's: the last bits depend on it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ObserveOptions:
     """How much of the calibration data is read."""
 

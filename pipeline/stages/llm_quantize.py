@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages.llm_observe import TOOLS, calibration_ids, reproducible
@@ -31,7 +32,7 @@ _HARMLESS = ("rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and nobody reads."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class QuantizeOptions:
     """What is made, and of gptq how much data it reads (awq and smoothquant read what llm.observe wrote)."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.stages.llm_family import Family, table
 
@@ -18,7 +18,7 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SHORT_NAMES = {name: short for short, name in TORCH_NAMES.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Scheme:
     """What a quantized checkpoint is, whoever serves it."""
 
@@ -159,7 +159,7 @@ def _args(bits: int, kind: str, strategy: str, *, symmetric: bool = True) -> dic
     return {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": False}
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Quantize:
     """How weights are quantized."""
 

@@ -10,11 +10,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.stages.checkpoint import Tensor as Stored
 from pipeline.stages.checkpoint import read_header
 from pipeline.stages.llm_scheme import SHORT_NAMES, TORCH_NAMES, Dtype
@@ -29,7 +29,7 @@ _CODES = {
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """A tensor on its way into a shard."""
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine import Engine
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # planning imports this module, and these import numpy
     from pipeline.parity.stored import Stored
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class MeasureOptions:
     """How the engine is opened."""
 

@@ -7,9 +7,9 @@ have them, as onnx.fused does for decoders. What it costs instead of torch's exp
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.step import Inputs, Progress, Stage
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class EncoderOptions:
     """What the exporter can be asked for."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.stages.onnx_families import Unknown
-from pipeline.stages.onnx_families import families as decoder_families
+from pipeline.tables import table
 
 HEADS = {
     "feature-extraction": "",
@@ -25,7 +23,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "tanh")
 _OTHER = "use the torch exporter for this model (exporter: torch)"
 
 
-@dataclass(frozen=True)
+@frozen
 class Encoder:
     """What an encoder computes, whatever the family."""
 
@@ -48,13 +46,11 @@ class Encoder:
 
 @cache
 def families() -> dict[str, dict[str, Any]]:
-    """pipeline/data/encoder_families.toml, what a family has from another filled in."""
-    table: dict[str, dict[str, Any]] = tomllib.loads(
-        files("pipeline").joinpath("data/encoder_families.toml").read_text(encoding="utf-8")
-    )
-    for name, family in table.items():
-        table[name] = {**table.get(family.get("same_as", ""), {}), **family}
-    return table
+    """data/encoder_families.toml, what a family has from another filled in."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, family in table("encoder_families").items():
+        found[name] = {**found.get(family.get("same_as", ""), {}), **family}
+    return found
 
 
 def why_not(config: Mapping[str, Any], task: str) -> UnavailableError | None:
@@ -125,7 +121,7 @@ def read_encoder(config: Mapping[str, Any], task: str) -> Encoder:
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Mapping[str, Any]) -> None:
-    ignored = decoder_families()["ignored"]
+    ignored = table("ignored_fields")
     known = {*ignored["fields"], *family["reads"], *family["defaults"]}
     known |= {value[1:] for value in family.values() if isinstance(value, str) and value.startswith("=")}
     known |= {"hidden_dropout_prob", "attention_probs_dropout_prob", "num_labels", "gradient_checkpointing"}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
+from pipeline.tables import table
 
 _OTHER = "use the torch exporter for this model (exporter: torch)"
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True)
+@frozen
 class Rope:
     """Rotary embedding of one kind of layer: the type, its base, and its scaling parameters as config.json has them."""
 
@@ -27,7 +25,7 @@ class Rope:
     scaling: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class Decoder:
     """What a decoder computes, whatever the family: all that the graph builder needs to know."""
 
@@ -64,10 +62,9 @@ class Unknown(UnavailableError):  # noqa: N818  an UnavailableError by another n
     """The fused exporter does not know something that config.json says."""
 
 
-@cache
 def families() -> dict[str, Any]:
-    """pipeline/data/decoder_families.toml."""
-    return tomllib.loads(files("pipeline").joinpath("data/decoder_families.toml").read_text(encoding="utf-8"))
+    """data/decoder_families.toml."""
+    return table("decoder_families")
 
 
 def why_not(config: Mapping[str, Any]) -> str | None:
@@ -82,9 +79,9 @@ def why_not(config: Mapping[str, Any]) -> str | None:
 def read_decoder(config: Mapping[str, Any]) -> Decoder:
     """config.json -> Decoder. Raises UnavailableError that names the first field that is not understood, and StageError
     for one that is missing or of a wrong type."""
-    table = families()
+    known = families()
     name = config.get("model_type")
-    family = table.get(name) if isinstance(name, str) and name not in ("ignored", "common", "rope") else None
+    family = known.get(name) if isinstance(name, str) and name not in ("common", "rope") else None
     if family is None:
         raise Unknown(f"the fused exporter does not know model_type '{name}'", hint=_OTHER)
     architectures = config.get("architectures") or [family["architecture"]]
@@ -92,8 +89,8 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
         raise Unknown(f"the fused exporter does not know architecture '{architectures[0]}'", hint=_OTHER)
     if config.get("quantization_config"):
         raise Unknown("config.json has a quantization_config", hint="start from the unquantized checkpoint")
-    facts = {**table["common"], **family}
-    _refuse_unknown(config, facts, table)
+    facts = {**known["common"], **family}
+    _refuse_unknown(config, facts)
     values = {**facts.get("defaults", {}), **{key: value for key, value in config.items() if value is not None}}
 
     def fact(key: str, kind: type[Any]) -> Any:
@@ -160,11 +157,12 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     )
 
 
-def _refuse_unknown(config: Mapping[str, Any], facts: Mapping[str, Any], table: Mapping[str, Any]) -> None:
-    known = {*table["ignored"]["fields"], *table["rope"]["fields"], *facts.get("reads", ()), *facts.get("defaults", {})}
+def _refuse_unknown(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    ignored = table("ignored_fields")
+    known = {*ignored["fields"], *families()["rope"]["fields"], *facts.get("reads", ()), *facts.get("defaults", {})}
     known |= {value[1:] for value in facts.values() if isinstance(value, str) and value.startswith("=")}
     must: Mapping[str, list[Any]] = facts.get("must", {})
-    notes = tuple(table["ignored"]["prefixes"])
+    notes = tuple(ignored["prefixes"])
     for field, value in config.items():
         if value is None or value is False or field in known or field.startswith(notes):
             continue

@@ -8,16 +8,16 @@ kilobytes, and every target of a recipe shares it. It becomes a model that a run
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FusedOptions:
     """What the fused exporter can be asked for."""
 

@@ -6,9 +6,9 @@ onnxruntime.weights keeps activations in finer blocks, is nearer to fp32, and ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.recipe import option
 from pipeline.size import holding
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Int8:
     """How an encoder is quantized. fp32 and fp16 are onnxruntime.weights' own.
 
@@ -61,7 +61,7 @@ class Int8:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Int8Options(Int8):
     """The precision of an engine, and for int8 how it is reached."""
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import holding
 from pipeline.stages.onnx_torch import interface_of, special_tokens
@@ -37,7 +37,7 @@ _OLDER_NAMES = {
 """Member of rope_parameters (transformers 5) -> fields of config.json that transformers 4 reads instead."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class OptimumOptions:
     """What the exporter can be asked for."""
 

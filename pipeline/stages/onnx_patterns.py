@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pipeline.frozen import frozen
 from pipeline.stages.onnx_rewrite import ExportedGraph
 from pipeline.stages.onnx_sources import BFLOAT16, FLOAT, FLOAT16
 
@@ -14,7 +14,7 @@ _TABLE = 1 << 16
 """A smaller table is not worth quantizing."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Linear:
     """A matrix product with a constant weight: `node` computes activations [.., K] times the weight."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.stages.checkpoint import Tensor
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
@@ -29,7 +29,7 @@ _TYPES = {
 """TensorProto data type -> safetensors type."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Held(Tensor):
     """A tensor whose values are in memory, inside the graph's file."""
 
@@ -39,7 +39,7 @@ class Held(Tensor):
         return self.array.reshape(self.shape or (1,))[start:stop]
 
 
-@dataclass(frozen=True)
+@frozen
 class Stacked(Tensor):
     """Tensors of one type one above the other, along the first axis."""
 

@@ -8,17 +8,17 @@ decoders gain 20-25 % in decoding.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import holding
 from pipeline.stages.tasks import infer_task, kind_of, load_model, paused_collector, read_config
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TorchExportOptions:
     """What the exporter can be asked for."""
 

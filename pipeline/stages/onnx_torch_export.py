@@ -11,13 +11,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Port:
     """One input of the graph: an example tensor, and the name of each axis that may change (None: fixed)."""
 

@@ -8,9 +8,9 @@ Legend: B batch, E encoder positions, S new tokens, P tokens in the cache, K hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from pipeline.frozen import frozen
 from pipeline.stages.onnx_torch_decoder import (
     CACHE_AXES,
     cache_outputs,
@@ -23,7 +23,7 @@ from pipeline.stages.onnx_torch_export import Port, export_module
 _PRESENT_AXES = ("batch", None, "total_sequence", None)
 
 
-@dataclass(frozen=True)
+@frozen
 class Seq2seqGraphs:
     """Two onnx_ir models, and the cache's shape per layer."""
 

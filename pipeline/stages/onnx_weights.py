@@ -7,11 +7,11 @@ its largest tensor quantized, not a copy of itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import placing
 from pipeline.step import Inputs, Progress, Stage
@@ -19,7 +19,7 @@ from pipeline.step import Inputs, Progress, Stage
 GROUPS = (16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Nbits:
     """How weights are stored.
 
@@ -75,7 +75,7 @@ class Nbits:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class WeightOptions(Nbits):
     """The precision of an engine, and for int8 and int4 how it is reached."""
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from pipeline import hardware
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings, properties
 from pipeline.step import Inputs, Progress, Stage
@@ -24,7 +25,7 @@ from pipeline.step import Inputs, Progress, Stage
 BLOB = "openvino_model.blob"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class CompileOptions:
     """How the engine will run: what decides what is compiled."""
 

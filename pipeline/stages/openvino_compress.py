@@ -5,11 +5,12 @@ Rounding to nearest of decoders does not come here: openvino.decoder writes the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
@@ -17,7 +18,7 @@ from pipeline.stages.openvino_weights import Compression
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class CompressOptions:
     """How the weights are stored, and how much of the calibration data is used."""
 

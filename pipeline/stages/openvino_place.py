@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.stages.checkpoint import Tensor
 from pipeline.stages.openvino_file import Bin, Ghosts
 from pipeline.stages.openvino_rtn import round_to_nearest
@@ -28,7 +29,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Form:
     """How one weight is stored: a float type, or `bits` in blocks of `group` columns (0: one block a row)."""
 
@@ -42,7 +43,7 @@ class Form:
         return fallback if self.group and columns % self.group else self
 
 
-@dataclass(frozen=True)
+@frozen
 class _Placed:
     name: str
     tensor: Tensor

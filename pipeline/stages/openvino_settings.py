@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.plain import from_plain, options_of
 from pipeline.recipe import option
 
@@ -21,7 +21,7 @@ NATIVE: Mapping[str, tuple[str, ...]] = {
 without a word (measured, 2026.4.1 on AVX2), so here it is decided beforehand."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """What decides an engine's numbers and speed, beside its weights. OpenVINO's own defaults depend on the CPU and are
     never used."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 _HINT = "the engine then runs here and in OpenVINO, but not in LLMPipeline: set `tokenizer: false`"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TokenizerOptions:
     """Nothing to choose but whether code of the checkpoint may run."""
 

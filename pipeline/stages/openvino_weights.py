@@ -6,11 +6,12 @@ optimum-intel takes 32 CPU s and 2343 MB.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings
@@ -19,7 +20,7 @@ from pipeline.step import Inputs, Progress, Stage
 GROUPS = (16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Compression:
     """How weights are stored at int8 and int4.
 
@@ -60,7 +61,7 @@ class Compression:
         return self.awq or self.scale_estimation or self.gptq or self.ratio < 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class DecoderOptions:
     """The precision of the weights, how it is reached, and how they will run."""
 

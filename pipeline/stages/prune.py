@@ -10,16 +10,16 @@ over the calibration data measures; magnitude judges by the size alone and needs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import holding
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class PruneOptions:
     """What is set to zero."""
 

@@ -7,15 +7,15 @@ instruction set, hence the scope.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import Size, holding
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ReferenceOptions:
     """Which inputs, and how many."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError, StageError
+from pipeline.frozen import frozen
 from pipeline.stages import samples as text
 from pipeline.stages.reference import ReferenceOptions
 
@@ -24,7 +24,7 @@ NOT_TEXT = ("input_features", "pixel_values")
 _PROMPT_TOKENS = 32  # the longest prompt that is cut from a sample or drawn by seed
 
 
-@dataclass(frozen=True)
+@frozen
 class Reference:
     """The loaded checkpoint and the facts of its configuration that the inputs depend on."""
 

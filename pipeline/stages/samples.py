@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 
 Ids = npt.NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     """0 for the first text, 1 for the second."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Encoder:
     """A model folder's tokenizer, with every id checked against the model's vocabulary."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.stages import trt_api
 from pipeline.stages.trt_flavours import Flavour, sm
@@ -23,7 +23,7 @@ Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> its smallest, usual and largest shape."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Build:
     """How the builder works. What a flavour cannot do is refused when the recipe is planned."""
 
@@ -45,7 +45,7 @@ class Build:
     weight_streaming: bool = option(False, "Let weights stay in host memory, within a budget that is set when it runs.")
 
 
-@dataclass(frozen=True)
+@frozen
 class Built:
     """A plan and what is known of it without a GPU."""
 

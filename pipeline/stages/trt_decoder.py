@@ -7,14 +7,14 @@ model by tensorrt.graph, which gives every tensor its type.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.step import Inputs, Progress, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class StaticOptions:
     """What the exporter can be asked for."""
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages import trt_api, trt_triton
@@ -27,7 +27,7 @@ Range = tuple[int, int, int]
 """Smallest, usual, largest."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class EngineOptions:
     """What is compiled, and for whom."""
 

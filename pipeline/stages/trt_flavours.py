@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
+from pipeline.tables import table
 
 Name = Literal["tensorrt", "tensorrt-rtx"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Flavour:
     """One of the two products; they share their API, and little of what they can be asked for."""
 
@@ -42,8 +41,7 @@ class Flavour:
 @cache
 def flavour(name: str) -> Flavour:
     """A flavour by its name in recipes. KeyError for others."""
-    text = files("pipeline").joinpath("data/tensorrt.toml").read_text(encoding="utf-8")
-    entry: dict[str, Any] = tomllib.loads(text)[name]
+    entry = dict(table("tensorrt")[name])
     entry |= {key: tuple(entry[key]) for key in ("modules", "distributions", "capabilities")}
     return Flavour(name=name, **entry)
 

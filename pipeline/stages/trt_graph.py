@@ -7,11 +7,11 @@ fp16. No product is ever given a scale that no data supports.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import placing
 from pipeline.step import Inputs, Progress, Stage
@@ -21,7 +21,7 @@ CALIBRATED = ("int8", "fp8")
 QUANTIZED = (*CALIBRATED, "int4")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Typing:
     """How a graph is quantized."""
 
@@ -45,7 +45,7 @@ class Typing:
             raise RecipeError(f"group_size is {self.group_size}, which is no power of 2", hint="choose 32, 64 or 128")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class GraphOptions(Typing):
     """The precision of a graph, and how it is reached."""
 

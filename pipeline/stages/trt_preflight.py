@@ -11,11 +11,11 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages import trt_api
@@ -32,14 +32,14 @@ _WAYS_OUT = {
 _ELSEWHERE = "use `runtime: onnxruntime`, which has this operator"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class PreflightOptions:
     """Whose parser is asked."""
 
     flavour: str = option("tensorrt-rtx", "tensorrt or tensorrt-rtx.")
 
 
-@dataclass(frozen=True)
+@frozen
 class Refused:
     """A node that the parser does not take."""
 

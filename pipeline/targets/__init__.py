@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from pipeline import installed
 from pipeline.engine import Engine
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict
 from pipeline.pin import Locked
 from pipeline.recipe import Recipe, TargetOptions
@@ -21,7 +21,7 @@ GROUP = "enginewright.targets"
 Kind = Literal["decoder", "seq2seq", "encoder"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Job:
     """What a target is asked to build: the recipe, where its sources are, and what kind of model it is."""
 
@@ -39,7 +39,7 @@ class Job:
         return self.kind == "decoder" and self.size.weights > LARGE
 
 
-@dataclass(frozen=True)
+@frozen
 class Facts:
     """What a target says of its engine for the manifest, beside what engine.json says."""
 
@@ -92,22 +92,17 @@ class Target(Protocol):
         ...
 
 
-@functools.cache
-def _entries() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
-
-
 def names() -> list[str]:
     """Every installed backend, by the name that a recipe's `runtime` takes."""
-    return sorted(_entries())
+    return sorted(installed.entry_points(GROUP))
 
 
 def load(name: str) -> Target:
     """The backend of a name; UnavailableError when there is none, or when its module does not import."""
-    entry = _entries().get(name)
+    entry = installed.entry_points(GROUP).get(name)
     if entry is None:
         raise UnavailableError(f"no runtime is called {name!r}", hint=f"installed: {', '.join(names())}")
     try:
-        return cast(Target, entry.load())
+        return cast(Target, installed.load(entry))
     except ImportError as error:
         raise UnavailableError(f"the runtime {name!r} does not import: {error}") from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Array, Engine, Sampling, Token
 from pipeline.errors import UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import TargetOptions, option
 from pipeline.step import Inputs, Progress, Stage, Step
@@ -20,14 +20,14 @@ from pipeline.targets.common import fetch_model
 EXTRA = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(TargetOptions):
     """Nothing to choose, but a note that enters the key."""
 
     note: str = option("", "A text that goes into engine.json.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class CopyOptions:
     """What the stage is told."""
 

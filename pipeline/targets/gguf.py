@@ -7,12 +7,12 @@ F32: there llama.cpp and torch agree to rounding, so a wrong RoPE or norm cannot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import EnginewrightError, RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, probe
 from pipeline.recipe import TargetOptions, option
 from pipeline.size import holding
@@ -33,7 +33,7 @@ EXTRA = "gguf"
 OPENER = "pipeline.targets.gguf_engine:open_engine"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(TargetOptions):
     """What a GGUF target can be asked for."""
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline import hardware
 from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import BY_EXIT_CODE, RecipeError, StageError
+from pipeline.frozen import frozen
 from pipeline.targets.gguf_child import receive, send
 from pipeline.targets.ort_decoder import check_ids, token_inputs
 
@@ -86,7 +86,7 @@ def read_engine_json(folder: Path) -> dict[str, Any]:
     return engine
 
 
-@dataclass(frozen=True)
+@frozen
 class Shape:
     """What engine.json says of the decoder."""
 
@@ -209,7 +209,7 @@ class LlamaEngine:
         return _Stepper(self.child, rows, self._turns, tokens)
 
 
-@dataclass(frozen=True)
+@frozen
 class _Stepper:
     child: Child
     rows: int

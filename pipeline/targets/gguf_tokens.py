@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.frozen import frozen
+from pipeline.tables import table
 
 if TYPE_CHECKING:
     from pipeline.targets.gguf_engine import Child
@@ -17,7 +17,7 @@ _DRAWN, _TOKENS = 256, 8
 """Texts of drawn tokens, and tokens in each."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Difference:
     """A text that the two read differently."""
 
@@ -51,8 +51,7 @@ def compare(child: Child, tokenizer_json: Path) -> tuple[list[Difference], int]:
 def corpus(tokenizer: Any) -> Iterator[tuple[str, str]]:
     """(kind, text) of data/tokenizer_corpus.toml, then texts with the model's added tokens in them, then words of its
     own: tokens drawn by seed, which meet each other in ways that no list of texts has."""
-    table = tomllib.loads(files("pipeline").joinpath("data/tokenizer_corpus.toml").read_text(encoding="utf-8"))
-    for kind, texts in table.items():
+    for kind, texts in table("tokenizer_corpus").items():
         yield from ((kind, text) for text in texts)
     for token in list(tokenizer.get_added_tokens_decoder().values())[:16]:
         for text in (token.content, f"a{token.content}b", f"one {token.content} two", f"{token.content}\n\nnext"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, option
 from pipeline.size import holding
@@ -21,7 +21,7 @@ from pipeline.targets.common import fetch_data, fetch_model, reference_steps
 DEQUANTIZED = "pipeline.targets.llm_torch:open_dequantized"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class LlmOptions(TargetOptions):
     """What every target that serves a Hugging Face folder can be asked for."""
 
@@ -37,7 +37,7 @@ class LlmOptions(TargetOptions):
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Planned:
     """A recipe's target, understood."""
 

@@ -6,12 +6,13 @@ A decoder's folder loads in ONNX Runtime, in ONNX Runtime GenAI and in Optimum's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.engine import Engine
 from pipeline.errors import EnginewrightError, RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.size import holding
@@ -43,7 +44,7 @@ OPENER = "pipeline.targets.ort_engine:open_engine"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(TargetOptions):
     """What an ONNX Runtime target can be asked for."""
 

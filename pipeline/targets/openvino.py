@@ -6,13 +6,14 @@ A decoder's folder loads in OpenVINO GenAI's LLMPipeline and in OpenVINO Model S
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline import hardware as machines
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import Data, TargetOptions, Task, option
 from pipeline.size import holding
@@ -45,7 +46,7 @@ DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 NO_TEXT = ("image-classification",)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(TargetOptions):
     """What an OpenVINO target can be asked for."""
 

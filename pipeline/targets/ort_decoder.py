@@ -14,13 +14,14 @@ import numpy as np
 from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.targets.ort_cache import GrowingCache, SharedCache, cache_names
 from pipeline.targets.ort_session import Graph
 
 Prompts = Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
+@frozen
 class Shape:
     """What engine.json says of a decoder."""
 

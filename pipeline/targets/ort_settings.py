@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.plain import from_plain, options_of
 from pipeline.recipe import option
 
@@ -17,7 +17,7 @@ DEVICE = {CPU: "cpu", CUDA: "cuda"}
 """Execution provider -> the device that holds its caches."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """How a session runs. None of it changes what the engine is."""
 

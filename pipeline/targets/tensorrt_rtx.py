@@ -7,11 +7,11 @@ proved here on ONNX Runtime; the engine itself is deferred until `verify --run` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Engine
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda
 from pipeline.stages.trt_flavours import flavour
 from pipeline.step import Step
@@ -22,7 +22,7 @@ EXTRA = "tensorrt-rtx"
 FLAVOUR = "tensorrt-rtx"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(TensorRtOptions):
     """What a TensorRT-RTX target can be asked for."""
 

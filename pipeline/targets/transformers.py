@@ -6,11 +6,11 @@ The Hugging Face baseline: plain weights, or compressed-tensors and FP8 that tra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine import Engine
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import option
 from pipeline.size import holding
@@ -25,7 +25,7 @@ EXTRA = "transformers"
 OPENER = "pipeline.targets.llm_torch:open_transformers"
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(LlmOptions):
     """What a transformers target can be asked for."""
 

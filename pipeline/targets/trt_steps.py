@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from pipeline import hardware as machines
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.size import holding
@@ -27,7 +27,7 @@ _CACHE = 4096
 """Longest cache where the recipe says nothing: a long context costs memory whether it is used or not."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TensorRtOptions(TargetOptions):
     """What both flavours can be asked for. Fixed by the recipe, since a plan serves only the shapes of its profile."""
 

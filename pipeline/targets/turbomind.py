@@ -7,12 +7,12 @@ checkpoint; parity of the engine itself is deferred to a machine with a GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda
 from pipeline.recipe import option
 from pipeline.size import holding
@@ -38,7 +38,7 @@ FORMATS = {"plain": "hf", "w4a16": "compressed-tensors", "awq": "awq", "gptq": "
 """Layout -> LMDeploy's name for it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Serve:
     """LMDeploy's engine config. LMDeploy drops names that it does not know and takes most wrong values: not here."""
 
@@ -63,7 +63,7 @@ class Serve:
     port: int = option(23333, "Port that the server listens on.", ge=1, le=65535)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(LlmOptions):
     """What a TurboMind target can be asked for."""
 

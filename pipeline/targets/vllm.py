@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine import Engine
 from pipeline.errors import RecipeError, UnavailableError
+from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.places import toolchain_python
 from pipeline.recipe import option
@@ -39,7 +39,7 @@ _SHARE = {"cuda": 0.9, "cpu": 0.4}
 """Of the memory. What vLLM itself would take of a CPU's, 0.92 of all, is more than what is free on most machines."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Serve:
     """Arguments of `vllm serve`. Each is checked before anything runs, and written out."""
 
@@ -66,7 +66,7 @@ class Serve:
     port: int = option(8000, "Port that the server listens on.", ge=1, le=65535)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Options(LlmOptions):
     """What a vLLM target can be asked for."""
 

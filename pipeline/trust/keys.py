@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
+from pipeline.frozen import frozen
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -22,7 +22,7 @@ PASSWORD_VARIABLE = "ENGINEWRIGHT_KEY_PASSWORD"
 MAX_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
+@frozen
 class PublicKey:
     """A key that signatures are checked with. `key_id` is the SHA-256 of its SubjectPublicKeyInfo, in hex."""
 
@@ -45,7 +45,7 @@ class PublicKey:
         return True
 
 
-@dataclass(frozen=True)
+@frozen
 class PrivateKey:
     """A key that signs."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 from pipeline.artifact import attest, dsse
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import RecipeError, VerificationError
+from pipeline.frozen import frozen
 from pipeline.trust import licenses as spdx
 from pipeline.trust.keys import PublicKey, public_key
 from pipeline.trust.sbom import CYCLONEDX
@@ -36,7 +36,7 @@ TYPES = {
 MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@frozen
 class Policy:
     """What is enough."""
 
@@ -45,7 +45,7 @@ class Policy:
     licenses: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Finding:
     """One demand of the policy, and whether it is met."""
 

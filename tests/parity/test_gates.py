@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import RecipeError
 from pipeline.parity import gates
 from pipeline.parity.gates import Outcome
+from pipeline.tables import table
 
 GOOD = {"kld_mean": 1e-12, "top1": 1.0, "greedy_equal": 1.0, "decode_max_abs": 0.0, "padding_max_abs": 0.0}
 GOOD |= {"nonfinite": 0.0}
@@ -110,12 +111,12 @@ def test_unknown_precision_and_kind() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_table_is_whole(kind: str, precision: str) -> None:
     """Every default can be judged, and every kind x precision refuses values that are not finite."""
-    for task in (None, *(name for name in gates._table()["tasks"] if kind == "encoder")):
+    for task in (None, *(name for name in table("gates")["tasks"] if kind == "encoder")):
         thresholds = gates.defaults(kind, precision, task)
         gates.check(thresholds, kind)
         assert thresholds["nonfinite"] == 0
-    for task in gates._table()["tasks"]:
-        assert set(gates._table()["tasks"][task]) == set(PRECISIONS)
+    for task in table("gates")["tasks"]:
+        assert set(table("gates")["tasks"][task]) == set(PRECISIONS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,7 @@ from tests.stages.decoders import (
 
 
 def test_every_family_of_the_table_is_tested() -> None:
-    known = set(families()) - {"ignored", "common", "rope"}
+    known = set(families()) - {"common", "rope"}
     assert {name.partition("-")[0] for name in CASES} == known
 
 
@@ -222,7 +222,7 @@ def test_the_table_is_tidy() -> None:
     """Every fact that refers to a field refers to one with a default or one that every config.json has."""
     table = tomllib.loads((ROOT / "pipeline" / "data" / "decoder_families.toml").read_text("utf-8"))
     always = {"num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"}
-    for name in set(table) - {"ignored", "common", "rope"}:
+    for name in set(table) - {"common", "rope"}:
         facts = {**table["common"], **table[name]}
         fields = {value[1:] for value in facts.values() if isinstance(value, str) and value.startswith("=")}
         assert fields - always - set(facts["defaults"]) == set(), name
