@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
+from pipeline.stages.share import share
 
 _COPIED = (
     "config.json",
@@ -37,15 +38,26 @@ _COPIED = (
     "sentence_bert_config.json",
 )
 
+_LARGE = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Up to 40 MB a model, and no stage writes to them."""
+
 _GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Types that GenAI knows by name. Others are `decoder`, phi3 too: by that name GenAI expects LongRoPE's two tables."""
 
 
 def copy_model_files(model: Path, out: Path) -> list[str]:
-    """Copy configuration and tokenizer files from a model folder. Returns the names."""
+    """Copy configuration files from a model folder, and share its vocabularies. Returns the names."""
     copied = [name for name in _COPIED if (model / name).is_file()]
     for name in copied:
-        shutil.copyfile(model / name, out / name)
+        (share if name in _LARGE else shutil.copyfile)(model / name, out / name)
     return copied
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import field
@@ -17,6 +16,7 @@ from typing import Any
 from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.stages.llm_scheme import Scheme
+from pipeline.stages.share import share
 from pipeline.step import Inputs, Progress
 
 PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
@@ -47,10 +47,10 @@ def run(inputs: Inputs, options: FolderOptions, out: Path, progress: Progress) -
 
     weights = inputs["quantized"] / "weights"
     for path in sorted(weights.iterdir()):
-        _link(path, out / path.name)
+        share(path, out / path.name)
     for name in _EXTRAS:
         if (inputs["model"] / name).is_file():
-            shutil.copyfile(inputs["model"] / name, out / name)
+            share(inputs["model"] / name, out / name)
     if options.serve:
         shutil.copyfile(PROBE, out / "probe.py")
     for path in out.iterdir():
@@ -92,11 +92,3 @@ def _quantization(scheme: Scheme) -> dict[str, Any] | None:
     told: dict[str, Any] = {"method": scheme.method, "layout": scheme.layout, "bits": scheme.bits}
     told |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric} if scheme.bits == 4 else {}
     return {**told, "scales": scheme.dtype}
-
-
-def _link(source: Path, place: Path) -> None:
-    """The same bytes under another name where the file system can, else a copy."""
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)

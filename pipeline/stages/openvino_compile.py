@@ -8,8 +8,6 @@ inside. It loads in the same version of OpenVINO on the same kind of device alon
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +18,7 @@ from pipeline.errors import StageError
 from pipeline.frozen import frozen
 from pipeline.size import holding
 from pipeline.stages.openvino_settings import Settings, properties
+from pipeline.stages.share import share
 from pipeline.step import Inputs, Progress, Stage
 
 BLOB = "openvino_model.blob"
@@ -45,7 +44,7 @@ def run(inputs: Inputs, options: CompileOptions, out: Path, progress: Progress) 
     decoder = engine["kind"] == "decoder"
     for file in sorted(inputs["ir"].iterdir()):
         if file.name != "engine.json":
-            _link(file, out / file.name)
+            share(file, out / file.name)
     asked = properties(options.settings, decoder=decoder)
     progress(0, 1, options.settings.device)
     core = ov.Core()
@@ -154,13 +153,6 @@ def here() -> dict[str, Any]:
     """This CPU, as far as compiled code depends on it."""
     host = hardware.probe()
     return {"os": host.os, "arch": host.arch, "isa": list(host.isa)}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 STAGE = Stage("openvino.compile", run, version=1, tools=("openvino",), scope="isa", memory=holding(320, weights=0.5))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.plain import to_plain
 from pipeline.stages.genai_layout import copy_model_files
 from pipeline.stages.openvino_file import XML
 from pipeline.stages.openvino_settings import Settings, properties
+from pipeline.stages.share import share
 
 GRAPH = """\
 input_stream: "HTTP_REQUEST_PAYLOAD:input"
@@ -71,7 +71,7 @@ def complete(
     copy_model_files(model, out)
     if tokenizer is not None:
         for file in sorted(tokenizer.iterdir()):
-            shutil.copyfile(file, out / file.name)
+            share(file, out / file.name)
     if export["kind"] == "decoder":
         plugin = json.dumps(properties(settings, decoder=True), sort_keys=True)
         (out / "graph.pbtxt").write_text(GRAPH.format(device=settings.device, plugin=plugin), encoding="utf-8")

@@ -7,7 +7,6 @@ the plans under `1/`, `network.json` (the network as the parser understood it), 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pipeline.frozen import frozen
 from pipeline.recipe import option
 from pipeline.size import holding
 from pipeline.stages import trt_api, trt_triton
+from pipeline.stages.share import share
 from pipeline.stages.trt_alone import build_alone
 from pipeline.stages.trt_build import Build, Profile, build, write_network
 from pipeline.stages.trt_flavours import Flavour, flavour, sm
@@ -60,12 +60,12 @@ def run(inputs: Inputs, options: EngineOptions, out: Path, progress: Progress) -
     for index, group in enumerate(groups):
         name = "model.plan" if len(groups) == 1 else f"model.{sm(group[0]).lower()}.plan"
 
-        share = _Share(progress, index, len(groups), ", ".join(map(sm, group)))
+        part = _Share(progress, index, len(groups), ", ".join(map(sm, group)))
         if asked.builds_on_cpu:
-            made = build_alone(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=share)
+            made = build_alone(asked.name, onnx, profiles, options.build, group, sparse=options.sparse, progress=part)
         else:
             made = build(
-                trt, asked, onnx, profiles, options.build, group, sparse=options.sparse, progress=share,
+                trt, asked, onnx, profiles, options.build, group, sparse=options.sparse, progress=part,
                 timing=timing.read(group[0]),
             )  # fmt: skip
         progress(index + 1, len(groups), ", ".join(map(sm, group)))
@@ -82,7 +82,7 @@ def run(inputs: Inputs, options: EngineOptions, out: Path, progress: Progress) -
     (out / "config.pbtxt").write_text(text, "utf-8")
     for path in sorted(inputs["graph"].iterdir()):
         if path.is_file() and path.name != "engine.json" and not path.name.startswith("model.onnx"):
-            shutil.copyfile(path, out / path.name)
+            share(path, out / path.name)
     settings = {
         "flavour": asked.name,
         "version": trt_api.version(trt),
@@ -143,8 +143,8 @@ class _Share:
         self.progress, self.before, self.plans, self.who = progress, before, plans, who
 
     def __call__(self, done: float, total: float = 0, note: str = "") -> None:
-        share = done / total if total else 0
-        self.progress(self.before + share, self.plans, f"{note} ({self.who})")
+        fraction = done / total if total else 0
+        self.progress(self.before + fraction, self.plans, f"{note} ({self.who})")
 
 
 class _Timing:
