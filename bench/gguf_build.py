@@ -31,7 +31,7 @@ from tables import megabytes, table
 OURS = """\
 import sys
 from pathlib import Path
-from pipeline.stages import gguf_build
+from pipeline.stages.gguf import build as gguf_build
 from pipeline.step import silent
 out = Path(sys.argv[2])
 out.mkdir()
@@ -41,7 +41,7 @@ gguf_build.run({"model": Path(sys.argv[1])}, told, out, silent)
 SAME = """\
 import sys
 from pathlib import Path
-from pipeline.stages.gguf_file import read_tensors
+from pipeline.stages.gguf.file import read_tensors
 ours, theirs = map(Path, sys.argv[1:])
 a, b = read_tensors(ours), read_tensors(theirs)
 equal = sum(name in b and a[name].type == b[name].type and a[name].read(ours) == b[name].read(theirs) for name in a)

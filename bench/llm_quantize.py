@@ -81,7 +81,7 @@ def ours(model: Path, method: str, scratch: Path, samples: int, length: int) -> 
     inputs, total = {"model": model}, None
     if method == "awq":
         told: dict[str, Any] = {"samples": samples, "length": length}
-        module = "pipeline.stages.llm_observe"
+        module = "pipeline.stages.llm.observe"
         command = job(
             place / "observed", f"{module}:STAGE", f"{module}:ObserveOptions", told, {**inputs, "calibration": text}
         )
@@ -89,7 +89,7 @@ def ours(model: Path, method: str, scratch: Path, samples: int, length: int) -> 
         inputs["observed"] = place / "observed" / "out"
     if method == "gptq":
         inputs["calibration"] = text
-    module = "pipeline.stages.llm_quantize"
+    module = "pipeline.stages.llm.quantize"
     told = {"scheme": scheme(method), "samples": samples, "length": length}
     command = job(place / "quantized", f"{module}:STAGE", f"{module}:QuantizeOptions", told, inputs)
     cost = measure.run(command, cwd=scratch, environment=environment, log=log)

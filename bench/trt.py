@@ -26,9 +26,13 @@ import trt_page
 
 from pipeline.plain import to_plain
 from pipeline.run.child import _reference
-from pipeline.stages import onnx_torch, trt_decoder, trt_engine, trt_graph, trt_preflight
-from pipeline.stages.trt_build import Build
-from pipeline.stages.trt_engine import EngineOptions
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import engine as trt_engine
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt import preflight as trt_preflight
+from pipeline.stages.tensorrt.build import Build
+from pipeline.stages.tensorrt.engine import EngineOptions
 from pipeline.step import Stage
 
 HOME = environments.HOME

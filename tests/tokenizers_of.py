@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.stages.gguf_vocab import _pre_tokenizers
+from pipeline.stages.gguf.vocab import _pre_tokenizers
 from tests.conftest import ROOT
 
 TEXT = ROOT / "recipes" / "data" / "pydoc-calibration.txt"

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from pipeline.errors import StageError
 from pipeline.stages.checkpoint import Checkpoint
-from pipeline.stages.onnx_families import Decoder, Unknown
+from pipeline.stages.onnx.families import Decoder, Unknown
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")

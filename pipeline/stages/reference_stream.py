@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.stages.checkpoint import Checkpoint
-from pipeline.stages.llm_family import EMBED, HEAD, NORM, read_family
-from pipeline.stages.llm_walk import put, rows_of, skeleton, weights_of
+from pipeline.stages.llm.family import EMBED, HEAD, NORM, read_family
+from pipeline.stages.llm.walk import put, rows_of, skeleton, weights_of
 
 T = TypeVar("T")
 CREW = 8

@@ -8,7 +8,7 @@ from typing import Any, cast
 from pipeline.errors import StageError, UnavailableError
 from pipeline.recipe import TargetOptions, Task
 from pipeline.stages import golden, measure, reference
-from pipeline.stages.llm_family import read_family
+from pipeline.stages.llm.family import read_family
 from pipeline.step import Stage, Step
 from pipeline.targets import Job
 

@@ -16,8 +16,11 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, probe
 from pipeline.recipe import TargetOptions, option
 from pipeline.size import holding
-from pipeline.stages import gguf_build, gguf_imatrix, gguf_native, measure
-from pipeline.stages.gguf_build import KV, BuildOptions, Label, Layout
+from pipeline.stages import measure
+from pipeline.stages.gguf import build as gguf_build
+from pipeline.stages.gguf import imatrix as gguf_imatrix
+from pipeline.stages.gguf import native as gguf_native
+from pipeline.stages.gguf.build import KV, BuildOptions, Label, Layout
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import (
@@ -171,7 +174,7 @@ def steps(job: Job, name: str, options: Options, hardware: Hardware) -> tuple[St
 
 def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | None:
     """Decoders of the families that llama.cpp and this target know."""
-    from pipeline.stages.gguf_families import read_model
+    from pipeline.stages.gguf.families import read_model
 
     if kind != "decoder":
         return f"no decoder: {kind}"
@@ -184,9 +187,9 @@ def why_not(kind: str, config: Mapping[str, Any], hardware: Hardware) -> str | N
 
 def _told(job: Job, options: Options) -> BuildOptions:
     """What the stage is told; refuses, before anything runs, what llama.cpp or Ollama cannot do."""
-    from pipeline.stages.gguf_families import read_model
-    from pipeline.stages.gguf_layout import check_parameter
-    from pipeline.stages.gguf_store import address
+    from pipeline.stages.gguf.families import read_model
+    from pipeline.stages.gguf.layout import check_parameter
+    from pipeline.stages.gguf.store import address
 
     if job.kind != "decoder":
         raise UnavailableError(f"the gguf target builds decoders, not {job.task}", hint="use another runtime for it")

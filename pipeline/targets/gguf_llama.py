@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages.gguf_native import libraries
+from pipeline.stages.gguf.native import libraries
 
 if TYPE_CHECKING:
     from pipeline.engine import Array

@@ -10,10 +10,13 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, option
 from pipeline.size import holding
-from pipeline.stages import llm_folder, llm_observe, llm_quantize, measure
-from pipeline.stages.llm_family import Family, read_family, table
-from pipeline.stages.llm_scheme import Layout, Quantize, Scheme, check
-from pipeline.stages.llm_shards import stored_dtype
+from pipeline.stages import measure
+from pipeline.stages.llm import folder as llm_folder
+from pipeline.stages.llm import observe as llm_observe
+from pipeline.stages.llm import quantize as llm_quantize
+from pipeline.stages.llm.family import Family, read_family, table
+from pipeline.stages.llm.scheme import Layout, Quantize, Scheme, check
+from pipeline.stages.llm.shards import stored_dtype
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Job
 from pipeline.targets.common import fetch_data, fetch_model, reference_steps

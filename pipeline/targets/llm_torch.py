@@ -66,7 +66,7 @@ def open_dequantized(folder: Path, settings: Mapping[str, Any] | None = None) ->
     import transformers
 
     from pipeline.stages.checkpoint import Checkpoint
-    from pipeline.stages.llm_unpack import layout_of
+    from pipeline.stages.llm.unpack import layout_of
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -101,7 +101,7 @@ def linears(names: Mapping[str, Any], layout: str) -> Iterator[str]:
 def _dense(checkpoint: Any, layout: str, quantized: set[str]) -> Iterator[tuple[str, Tensor]]:
     import torch
 
-    from pipeline.stages.llm_unpack import weight
+    from pipeline.stages.llm.unpack import weight
 
     for name in sorted(quantized):
         yield f"{name}.weight", torch.from_numpy(weight(checkpoint, name, layout))

@@ -16,17 +16,15 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.size import holding
-from pipeline.stages import (
-    measure,
-    onnx_encoder,
-    onnx_encoder_families,
-    onnx_fused,
-    onnx_int8,
-    onnx_optimum,
-    onnx_torch,
-    onnx_weights,
-)
-from pipeline.stages.onnx_families import read_decoder
+from pipeline.stages import measure
+from pipeline.stages.onnx import encoder as onnx_encoder
+from pipeline.stages.onnx import encoder_families as onnx_encoder_families
+from pipeline.stages.onnx import fused as onnx_fused
+from pipeline.stages.onnx import int8 as onnx_int8
+from pipeline.stages.onnx import optimum as onnx_optimum
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx import weights as onnx_weights
+from pipeline.stages.onnx.families import read_decoder
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import (

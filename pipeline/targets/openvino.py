@@ -17,18 +17,16 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict
 from pipeline.recipe import Data, TargetOptions, Task, option
 from pipeline.size import holding
-from pipeline.stages import (
-    measure,
-    onnx_torch,
-    openvino_compile,
-    openvino_compress,
-    openvino_convert,
-    openvino_ptq,
-    openvino_tokenizer,
-    openvino_weights,
-)
-from pipeline.stages.onnx_families import read_decoder
-from pipeline.stages.openvino_settings import PLAIN, Execution, KvCache, Settings, computes_in
+from pipeline.stages import measure
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.families import read_decoder
+from pipeline.stages.openvino import compile as openvino_compile
+from pipeline.stages.openvino import compress as openvino_compress
+from pipeline.stages.openvino import convert as openvino_convert
+from pipeline.stages.openvino import ptq as openvino_ptq
+from pipeline.stages.openvino import tokenizer as openvino_tokenizer
+from pipeline.stages.openvino import weights as openvino_weights
+from pipeline.stages.openvino.settings import PLAIN, Execution, KvCache, Settings, computes_in
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import (

@@ -19,8 +19,8 @@ import numpy as np
 from pipeline.decoding import Decoder, decode
 from pipeline.engine import Array, Sampling, Token
 from pipeline.errors import RecipeError
-from pipeline.stages.openvino_graphs import last_logits_only
-from pipeline.stages.openvino_settings import Settings
+from pipeline.stages.openvino.graphs import last_logits_only
+from pipeline.stages.openvino.settings import Settings
 from pipeline.targets.ort_decoder import check_ids, joined, positions_of, token_inputs
 from pipeline.targets.ov_session import Graph, open_graph, runtime
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.engine import Array, Engine, Sampling, Token
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages.openvino_settings import read_settings
+from pipeline.stages.openvino.settings import read_settings
 from pipeline.targets.ov_decoder import OvDecoder
 from pipeline.targets.ov_session import Graph, open_graph
 

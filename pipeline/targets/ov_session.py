@@ -12,8 +12,8 @@ import numpy as np
 from pipeline import hardware
 from pipeline.engine import Array
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages.openvino_compile import import_blob, import_properties
-from pipeline.stages.openvino_settings import Settings, properties
+from pipeline.stages.openvino.compile import import_blob, import_properties
+from pipeline.stages.openvino.settings import Settings, properties
 
 R = TypeVar("R")
 LOG = logging.getLogger("enginewright")

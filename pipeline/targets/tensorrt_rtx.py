@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.engine import Engine
 from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda
-from pipeline.stages.trt_flavours import flavour
+from pipeline.stages.tensorrt.flavours import flavour
 from pipeline.step import Step
 from pipeline.targets import Facts, Job, trt_facts, trt_steps
 from pipeline.targets.trt_steps import TensorRtOptions

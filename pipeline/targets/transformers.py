@@ -14,8 +14,9 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware, Verdict, no_cuda, probe
 from pipeline.recipe import option
 from pipeline.size import holding
-from pipeline.stages import llm_folder, measure
-from pipeline.stages.llm_scheme import TORCH_NAMES
+from pipeline.stages import measure
+from pipeline.stages.llm import folder as llm_folder
+from pipeline.stages.llm.scheme import TORCH_NAMES
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Facts, Job
 from pipeline.targets.common import golden_step, parity_step

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.hardware import Hardware, Verdict
-from pipeline.stages.trt_flavours import flavour
+from pipeline.stages.tensorrt.flavours import flavour
 from pipeline.targets import Facts
 
 

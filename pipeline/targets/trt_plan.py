@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.digest import sha256_file
 from pipeline.errors import StageError, UnavailableError, VerificationError
-from pipeline.stages import trt_api
 from pipeline.stages.checkpoint import read_json
-from pipeline.stages.trt_flavours import flavour
+from pipeline.stages.tensorrt import api as trt_api
+from pipeline.stages.tensorrt.flavours import flavour
 
 _DIAGNOSTICS = {
     1: "it was built by another version",

@@ -11,11 +11,16 @@ from pipeline.frozen import frozen
 from pipeline.hardware import Hardware
 from pipeline.recipe import TargetOptions, Task, option
 from pipeline.size import holding
-from pipeline.stages import measure, onnx_torch, trt_decoder, trt_engine, trt_graph, trt_preflight
-from pipeline.stages.onnx_families import read_decoder
-from pipeline.stages.trt_build import Build
-from pipeline.stages.trt_decoder_graph import check as check_decoder
-from pipeline.stages.trt_flavours import Flavour, check_capabilities, check_options
+from pipeline.stages import measure
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.families import read_decoder
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import engine as trt_engine
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt import preflight as trt_preflight
+from pipeline.stages.tensorrt.build import Build
+from pipeline.stages.tensorrt.decoder_graph import check as check_decoder
+from pipeline.stages.tensorrt.flavours import Flavour, check_capabilities, check_options
 from pipeline.step import Inputs, Progress, Stage, Step
 from pipeline.targets import Job
 from pipeline.targets.common import fetch_data, fetch_model, golden_step, parity_step, reference_steps

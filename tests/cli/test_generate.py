@@ -24,7 +24,8 @@ pytest.importorskip("onnxruntime")
 
 from pipeline.cli.main import run  # noqa: E402
 from pipeline.hardware import Hardware, Verdict  # noqa: E402
-from pipeline.stages import onnx_fused, onnx_weights  # noqa: E402
+from pipeline.stages.onnx import fused as onnx_fused  # noqa: E402
+from pipeline.stages.onnx import weights as onnx_weights  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from tests.artifact import helpers  # noqa: E402
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.stages import llm_check
+from pipeline.stages.llm import check as llm_check
 from tests import models
 from tests.e2e.harness import Site, command, refused, wait_for
 from tests.stages.llm import TEXT

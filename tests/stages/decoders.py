@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.stages import onnx_fused, onnx_weights
-from pipeline.stages.onnx_fused import FusedOptions
-from pipeline.stages.onnx_weights import WeightOptions
+from pipeline.stages.onnx import fused as onnx_fused
+from pipeline.stages.onnx import weights as onnx_weights
+from pipeline.stages.onnx.fused import FusedOptions
+from pipeline.stages.onnx.weights import WeightOptions
 from pipeline.step import silent
 from tests.models import BOS, EOS, PAD, VOCAB, write_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.stages import gguf_build
-from pipeline.stages.gguf_build import BuildOptions
+from pipeline.stages.gguf import build as gguf_build
+from pipeline.stages.gguf.build import BuildOptions
 from pipeline.step import silent
 from pipeline.targets.gguf_engine import LlamaEngine, open_engine
 from tests.stages.decoders import write_decoder

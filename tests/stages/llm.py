@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.stages import llm_observe, llm_quantize
-from pipeline.stages.llm_scheme import Scheme
+from pipeline.stages.llm import observe as llm_observe
+from pipeline.stages.llm import quantize as llm_quantize
+from pipeline.stages.llm.scheme import Scheme
 from pipeline.step import silent
 from tests import models
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.stages import gguf_families, gguf_metadata, gguf_native, gguf_tensors
-from pipeline.stages.gguf_families import read_model
-from pipeline.stages.gguf_file import read_tensors
+from pipeline.stages.gguf import families as gguf_families
+from pipeline.stages.gguf import metadata as gguf_metadata
+from pipeline.stages.gguf import native as gguf_native
+from pipeline.stages.gguf import tensors as gguf_tensors
+from pipeline.stages.gguf.families import read_model
+from pipeline.stages.gguf.file import read_tensors
 from tests.models import BOS
 from tests.stages.decoders import write_decoder
 from tests.stages.ggufs import FAMILIES, build, divergence, engine, family, reference
@@ -154,7 +157,7 @@ def test_a_name_must_not_change_the_tokenizer(tmp_path: Path, name: str) -> None
 
 
 def gguf_vocab_of(model: Path) -> Any:
-    from pipeline.stages.gguf_vocab import read_vocab
+    from pipeline.stages.gguf.vocab import read_vocab
 
     return read_vocab(model, 320)
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from pipeline.errors import StageError
-from pipeline.stages import gguf_imatrix
-from pipeline.stages.gguf_file import read_tensors
-from pipeline.stages.gguf_imatrix import ImportanceOptions, read_importance
+from pipeline.stages.gguf import imatrix as gguf_imatrix
+from pipeline.stages.gguf.file import read_tensors
+from pipeline.stages.gguf.imatrix import ImportanceOptions, read_importance
 from pipeline.stages.samples import load_encoder, windows
 from pipeline.step import silent
 from tests.conftest import ROOT

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import gguf_imatrix
-from pipeline.stages.gguf_file import read_tensors
-from pipeline.stages.gguf_imatrix import ImportanceOptions
+from pipeline.stages.gguf import imatrix as gguf_imatrix
+from pipeline.stages.gguf.file import read_tensors
+from pipeline.stages.gguf.imatrix import ImportanceOptions
 from pipeline.step import silent
 from tests.conftest import ROOT
 from tests.stages.ggufs import build, family
@@ -125,7 +125,7 @@ SECOND_CHOICE = """\
 import sys
 import numpy as np
 from pathlib import Path
-from pipeline.stages import gguf_native
+from pipeline.stages.gguf import native as gguf_native
 gguf_native._PLACES = (("llama_cpp", "lib/libllama.so"),)
 from pipeline.targets.gguf_llama import Llama
 rows = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)

@@ -16,9 +16,9 @@ import jsonschema
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.stages import gguf_store
-from pipeline.stages.gguf_go import go_template, templates
-from pipeline.stages.gguf_store import LAYER, address
+from pipeline.stages.gguf import store as gguf_store
+from pipeline.stages.gguf.go import go_template, templates
+from pipeline.stages.gguf.store import LAYER, address
 from tests.conftest import ROOT
 from tests.stages.ggufs import build
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import EnginewrightError, RecipeError, StageError, UnavailableError
-from pipeline.stages import gguf_vocab
-from pipeline.stages.gguf_vocab import BYTE, CONTROL, UNUSED, Vocab, read_vocab
+from pipeline.stages.gguf import vocab as gguf_vocab
+from pipeline.stages.gguf.vocab import BYTE, CONTROL, UNUSED, Vocab, read_vocab
 from pipeline.targets.gguf_engine import open_file
 from pipeline.targets.gguf_tokens import compare
 from tests.stages.decoders import write_decoder

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import VerificationError
-from pipeline.stages import llm_check
-from pipeline.stages.llm_scheme import Scheme
+from pipeline.stages.llm import check as llm_check
+from pipeline.stages.llm.scheme import Scheme
 from tests import models
 from tests.stages import llm
 

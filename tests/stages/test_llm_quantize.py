@@ -13,12 +13,16 @@ import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 from pipeline.errors import EnginewrightError, RecipeError, StageError
-from pipeline.stages import llm_check, llm_observe, llm_quantize, llm_unpack, llm_walk
 from pipeline.stages.checkpoint import Checkpoint
-from pipeline.stages.llm_family import read_family
-from pipeline.stages.llm_grid import Rounded, dequantize, round_weight
-from pipeline.stages.llm_pack import pack
-from pipeline.stages.llm_scheme import Scheme, check
+from pipeline.stages.llm import check as llm_check
+from pipeline.stages.llm import observe as llm_observe
+from pipeline.stages.llm import quantize as llm_quantize
+from pipeline.stages.llm import unpack as llm_unpack
+from pipeline.stages.llm import walk as llm_walk
+from pipeline.stages.llm.family import read_family
+from pipeline.stages.llm.grid import Rounded, dequantize, round_weight
+from pipeline.stages.llm.pack import pack
+from pipeline.stages.llm.scheme import Scheme, check
 from pipeline.stages.tasks import read_config
 from pipeline.step import silent
 from pipeline.targets.llm_torch import open_dequantized, open_transformers
@@ -69,7 +73,7 @@ def test_pass_through_keeps_every_byte(qwen3: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["w4a16", "awq", "gptq"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_unpacker_that_shares_no_code_agrees(layout: Any, symmetric: bool, tmp_path: Path) -> None:
-    from pipeline.stages.llm_shards import ready, write_shard
+    from pipeline.stages.llm.shards import ready, write_shard
 
     torch.manual_seed(1)
     scheme = Scheme(layout=layout, dtype="fp16", method="rtn", group_size=32, symmetric=symmetric)

@@ -14,10 +14,10 @@ import torch
 
 from pipeline.errors import EnginewrightError, StageError, UnavailableError
 from pipeline.parity.pooling import read_pooling
-from pipeline.stages.onnx_encoder import STAGE, EncoderOptions
-from pipeline.stages.onnx_encoder_families import HEADS, families, read_encoder, why_not
-from pipeline.stages.onnx_weights import STAGE as WEIGHTS
-from pipeline.stages.onnx_weights import WeightOptions
+from pipeline.stages.onnx.encoder import STAGE, EncoderOptions
+from pipeline.stages.onnx.encoder_families import HEADS, families, read_encoder, why_not
+from pipeline.stages.onnx.weights import STAGE as WEIGHTS
+from pipeline.stages.onnx.weights import WeightOptions
 from pipeline.stages.tasks import load_model
 from pipeline.step import silent
 from tests import models

@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages.onnx_families import families, read_decoder, why_not
-from pipeline.stages.onnx_rope import rope_tables
+from pipeline.stages.onnx.families import families, read_decoder, why_not
+from pipeline.stages.onnx.rope import rope_tables
 from tests.conftest import ROOT
 from tests.stages.decoders import (
     CASES,

@@ -15,8 +15,10 @@ import pytest
 
 from pipeline import hardware
 from pipeline.errors import RecipeError
-from pipeline.stages import onnx_int8, onnx_patterns, onnx_torch
-from pipeline.stages.onnx_int8_observe import _best_cut
+from pipeline.stages.onnx import int8 as onnx_int8
+from pipeline.stages.onnx import patterns as onnx_patterns
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.int8_observe import _best_cut
 from pipeline.step import silent
 from tests import models
 

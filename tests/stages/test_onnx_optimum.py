@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from pipeline.engine import Sampling
-from pipeline.stages import onnx_weights
+from pipeline.stages.onnx import weights as onnx_weights
 from pipeline.step import silent
 from pipeline.targets.ort_engine import open_engine
 from tests import models
@@ -33,7 +33,7 @@ EXPORT_ALL = """
 import json, sys
 from pathlib import Path
 from pipeline.errors import EnginewrightError
-from pipeline.stages.onnx_optimum import OptimumOptions, run
+from pipeline.stages.onnx.optimum import OptimumOptions, run
 from pipeline.step import silent
 
 source, found = Path(sys.argv[1]), {}

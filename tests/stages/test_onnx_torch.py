@@ -18,8 +18,8 @@ import torch
 from transformers import GenerationMixin
 
 from pipeline.errors import RecipeError, StageError
-from pipeline.stages import onnx_torch_save
-from pipeline.stages.onnx_torch import STAGE, TorchExportOptions
+from pipeline.stages.onnx import torch_save as onnx_torch_save
+from pipeline.stages.onnx.torch import STAGE, TorchExportOptions
 from pipeline.stages.tasks import load_model
 from pipeline.step import silent
 from tests import models
@@ -226,7 +226,7 @@ def test_seq2seq_logits_of_a_whole_answer(exported: Callable[..., Exported], nam
 def test_another_process_writes_the_same_bytes(exported: Callable[..., Exported], tmp_path: Path) -> None:
     _, out, _ = exported("vit")
     code = (
-        "import sys; from pathlib import Path; from pipeline.stages.onnx_torch import *;"
+        "import sys; from pathlib import Path; from pipeline.stages.onnx.torch import *;"
         "from pipeline.step import silent;"
         "STAGE.run({'model': Path(sys.argv[1])}, TorchExportOptions(), Path(sys.argv[2]), silent)"
     )

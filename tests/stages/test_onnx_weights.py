@@ -14,10 +14,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages import onnx_weights
-from pipeline.stages.onnx_nbits import dequantize, quantize
-from pipeline.stages.onnx_sink import EMBED_BYTES, Sink
-from pipeline.stages.onnx_weights import WeightOptions
+from pipeline.stages.onnx import weights as onnx_weights
+from pipeline.stages.onnx.nbits import dequantize, quantize
+from pipeline.stages.onnx.sink import EMBED_BYTES, Sink
+from pipeline.stages.onnx.weights import WeightOptions
 from pipeline.step import silent
 from tests.conftest import ROOT
 from tests.stages.decoders import SIZES, engine, export, session, step, write_decoder
@@ -373,7 +373,7 @@ def test_layers_of_a_graph_without_names(tmp_path: Path) -> None:
 
 
 def test_large_models_have_one_aligned_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
-    monkeypatch.setattr("pipeline.stages.onnx_sink.EMBED_BYTES", 1 << 16)
+    monkeypatch.setattr("pipeline.stages.onnx.sink.EMBED_BYTES", 1 << 16)
     small = engine(llama, tmp_path / "int4", precision="int4")
     folder = engine(llama, tmp_path / "fp32")
     monkeypatch.undo()

@@ -11,9 +11,9 @@ import pytest
 ov = pytest.importorskip("openvino")
 
 from pipeline.errors import StageError, UnavailableError  # noqa: E402
-from pipeline.stages import openvino_weights  # noqa: E402
-from pipeline.stages.openvino_settings import Settings, properties  # noqa: E402
-from pipeline.stages.openvino_weights import Compression, DecoderOptions  # noqa: E402
+from pipeline.stages.openvino import weights as openvino_weights  # noqa: E402
+from pipeline.stages.openvino.settings import Settings, properties  # noqa: E402
+from pipeline.stages.openvino.weights import Compression, DecoderOptions  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from tests.stages.decoders import CASES, PADDINGS, SIZES, reference, reference_logits, write_decoder  # noqa: E402
 

@@ -12,8 +12,12 @@ ov = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 from pipeline.errors import RecipeError  # noqa: E402
-from pipeline.stages import onnx_torch, openvino_compress, openvino_convert, openvino_ptq, openvino_weights  # noqa: E402
-from pipeline.stages.openvino_weights import Compression  # noqa: E402
+from pipeline.stages.onnx import torch as onnx_torch  # noqa: E402
+from pipeline.stages.openvino import compress as openvino_compress  # noqa: E402
+from pipeline.stages.openvino import convert as openvino_convert  # noqa: E402
+from pipeline.stages.openvino import ptq as openvino_ptq  # noqa: E402
+from pipeline.stages.openvino import weights as openvino_weights  # noqa: E402
+from pipeline.stages.openvino.weights import Compression  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from tests import models  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402

@@ -11,10 +11,11 @@ import pytest
 ov = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
-from pipeline.stages import openvino_compress, openvino_weights  # noqa: E402
-from pipeline.stages.openvino_compress import CompressOptions  # noqa: E402
-from pipeline.stages.openvino_rtn import round_to_nearest  # noqa: E402
-from pipeline.stages.openvino_weights import Compression, DecoderOptions  # noqa: E402
+from pipeline.stages.openvino import compress as openvino_compress  # noqa: E402
+from pipeline.stages.openvino import weights as openvino_weights  # noqa: E402
+from pipeline.stages.openvino.compress import CompressOptions  # noqa: E402
+from pipeline.stages.openvino.rtn import round_to_nearest  # noqa: E402
+from pipeline.stages.openvino.weights import Compression, DecoderOptions  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from tests.stages.decoders import write_decoder  # noqa: E402
 

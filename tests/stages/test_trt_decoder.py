@@ -11,11 +11,12 @@ import pytest
 
 from pipeline.engine import Sampling, completions
 from pipeline.errors import RecipeError, UnavailableError
-from pipeline.stages import trt_decoder, trt_graph
-from pipeline.stages.onnx_families import read_decoder
-from pipeline.stages.trt_decoder import StaticOptions
-from pipeline.stages.trt_decoder_graph import check
-from pipeline.stages.trt_graph import GraphOptions
+from pipeline.stages.onnx.families import read_decoder
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt.decoder import StaticOptions
+from pipeline.stages.tensorrt.decoder_graph import check
+from pipeline.stages.tensorrt.graph import GraphOptions
 from pipeline.step import silent
 from pipeline.targets import trt_judge
 from tests.stages.decoders import EOS, reference, reference_logits, write_decoder

@@ -12,13 +12,18 @@ import onnx
 import pytest
 
 from pipeline.errors import StageError, UnavailableError
-from pipeline.stages import trt_api, trt_decoder, trt_engine, trt_graph, trt_preflight, trt_triton
-from pipeline.stages.trt_build import Build
-from pipeline.stages.trt_decoder import StaticOptions
-from pipeline.stages.trt_engine import EngineOptions
-from pipeline.stages.trt_flavours import flavour
-from pipeline.stages.trt_graph import GraphOptions
-from pipeline.stages.trt_preflight import PreflightOptions
+from pipeline.stages.tensorrt import api as trt_api
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import engine as trt_engine
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt import preflight as trt_preflight
+from pipeline.stages.tensorrt import triton as trt_triton
+from pipeline.stages.tensorrt.build import Build
+from pipeline.stages.tensorrt.decoder import StaticOptions
+from pipeline.stages.tensorrt.engine import EngineOptions
+from pipeline.stages.tensorrt.flavours import flavour
+from pipeline.stages.tensorrt.graph import GraphOptions
+from pipeline.stages.tensorrt.preflight import PreflightOptions
 from pipeline.step import silent
 from tests.stages.decoders import write_decoder
 

@@ -12,10 +12,11 @@ import onnx
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.stages import onnx_torch, trt_graph
-from pipeline.stages.onnx_torch import TorchExportOptions
-from pipeline.stages.trt_graph import GraphOptions
-from pipeline.stages.trt_qdq import block_scales
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.torch import TorchExportOptions
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt.graph import GraphOptions
+from pipeline.stages.tensorrt.qdq import block_scales
 from pipeline.step import silent
 from pipeline.targets.trt_judge import open_engine
 from tests import models

@@ -14,7 +14,7 @@ import transformers
 
 from pipeline.engine import Sampling, completions
 from pipeline.errors import RecipeError, StageError, UnavailableError
-from pipeline.stages import gguf_vocab
+from pipeline.stages.gguf import vocab as gguf_vocab
 from pipeline.targets import gguf_llama
 from pipeline.targets.gguf_engine import LlamaEngine, open_engine
 from tests.conftest import ROOT

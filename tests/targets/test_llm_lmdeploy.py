@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.stages import llm_check
-from pipeline.stages.llm_scheme import Scheme
+from pipeline.stages.llm import check as llm_check
+from pipeline.stages.llm.scheme import Scheme
 from tests import models
 from tests.conftest import ROOT
 from tests.stages import llm

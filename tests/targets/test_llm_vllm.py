@@ -20,7 +20,7 @@ import pytest
 
 from pipeline import hardware
 from pipeline.engine import Sampling, completions
-from pipeline.stages.llm_scheme import Scheme
+from pipeline.stages.llm.scheme import Scheme
 from pipeline.stages.samples import load_encoder, windows
 from pipeline.targets.llm_torch import open_dequantized, open_transformers
 from pipeline.targets.vllm_engine import Remote

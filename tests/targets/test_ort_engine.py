@@ -17,7 +17,9 @@ pytest.importorskip("onnxruntime")
 from pipeline.decoding import decode  # noqa: E402
 from pipeline.engine import Array, Engine, Sampling, completions  # noqa: E402
 from pipeline.errors import RecipeError, StageError, UnavailableError  # noqa: E402
-from pipeline.stages import onnx_fused, onnx_torch, onnx_weights  # noqa: E402
+from pipeline.stages.onnx import fused as onnx_fused  # noqa: E402
+from pipeline.stages.onnx import torch as onnx_torch  # noqa: E402
+from pipeline.stages.onnx import weights as onnx_weights  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from pipeline.targets import ort_cache  # noqa: E402
 from pipeline.targets.ort_engine import open_engine  # noqa: E402

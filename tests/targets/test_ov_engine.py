@@ -21,13 +21,11 @@ ov = pytest.importorskip("openvino")
 from pipeline import hardware  # noqa: E402
 from pipeline.engine import Sampling, completions  # noqa: E402
 from pipeline.errors import RecipeError, StageError, UnavailableError  # noqa: E402
-from pipeline.stages import (  # noqa: E402
-    onnx_torch,
-    openvino_compile,
-    openvino_convert,
-    openvino_tokenizer,
-    openvino_weights,
-)
+from pipeline.stages.onnx import torch as onnx_torch  # noqa: E402
+from pipeline.stages.openvino import compile as openvino_compile  # noqa: E402
+from pipeline.stages.openvino import convert as openvino_convert  # noqa: E402
+from pipeline.stages.openvino import tokenizer as openvino_tokenizer  # noqa: E402
+from pipeline.stages.openvino import weights as openvino_weights  # noqa: E402
 from pipeline.step import silent  # noqa: E402
 from pipeline.targets.ov_engine import open_engine  # noqa: E402
 from tests import models  # noqa: E402
@@ -220,7 +218,7 @@ def test_a_broken_blob_gives_way_too(llama: Any, tmp_path: Path, caplog: pytest.
 COMPILE = """\
 import sys
 from pathlib import Path
-from pipeline.stages.openvino_compile import CompileOptions, run
+from pipeline.stages.openvino.compile import CompileOptions, run
 from pipeline.step import silent
 run({"ir": Path(sys.argv[1])}, CompileOptions(), Path(sys.argv[2]), silent)
 """

@@ -12,9 +12,10 @@ import onnx
 import pytest
 
 from pipeline.errors import UnavailableError
-from pipeline.stages import trt_api, trt_engine
-from pipeline.stages.trt_build import Build
-from pipeline.stages.trt_engine import EngineOptions
+from pipeline.stages.tensorrt import api as trt_api
+from pipeline.stages.tensorrt import engine as trt_engine
+from pipeline.stages.tensorrt.build import Build
+from pipeline.stages.tensorrt.engine import EngineOptions
 from pipeline.step import silent
 from tests.targets import trt_signatures
 from tests.targets.trt_stand_in import VERSIONS, called, check_call, recorded, stand_in

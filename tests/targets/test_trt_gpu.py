@@ -21,10 +21,13 @@ import torch
 from pipeline.engine import Sampling, completions
 from pipeline.errors import UnavailableError
 from pipeline.parity.divergence import log_softmax
-from pipeline.stages import onnx_torch, trt_api, trt_decoder, trt_graph
-from pipeline.stages.onnx_torch import TorchExportOptions
-from pipeline.stages.trt_decoder import StaticOptions
-from pipeline.stages.trt_graph import GraphOptions
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.torch import TorchExportOptions
+from pipeline.stages.tensorrt import api as trt_api
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt.decoder import StaticOptions
+from pipeline.stages.tensorrt.graph import GraphOptions
 from pipeline.step import silent
 from pipeline.targets import trt_judge, trt_plan, trt_runner
 from tests import models

@@ -20,12 +20,16 @@ import pytest
 from pipeline.engine import Sampling, completions
 from pipeline.errors import EnginewrightError, StageError, UnavailableError, VerificationError
 from pipeline.hardware import Device, Hardware
-from pipeline.stages import onnx_torch, trt_api, trt_decoder, trt_engine, trt_graph
-from pipeline.stages.onnx_torch import TorchExportOptions
-from pipeline.stages.trt_build import Build
-from pipeline.stages.trt_decoder import StaticOptions
-from pipeline.stages.trt_engine import EngineOptions
-from pipeline.stages.trt_graph import GraphOptions
+from pipeline.stages.onnx import torch as onnx_torch
+from pipeline.stages.onnx.torch import TorchExportOptions
+from pipeline.stages.tensorrt import api as trt_api
+from pipeline.stages.tensorrt import decoder as trt_decoder
+from pipeline.stages.tensorrt import engine as trt_engine
+from pipeline.stages.tensorrt import graph as trt_graph
+from pipeline.stages.tensorrt.build import Build
+from pipeline.stages.tensorrt.decoder import StaticOptions
+from pipeline.stages.tensorrt.engine import EngineOptions
+from pipeline.stages.tensorrt.graph import GraphOptions
 from pipeline.step import silent
 from pipeline.targets import tensorrt, trt_judge, trt_plan, trt_runner
 from tests import models

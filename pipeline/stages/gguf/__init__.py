@@ -1,0 +1,1 @@
+"""GGUF: metadata, vocabularies, quantized tensors and importance matrices for llama.cpp and Ollama."""

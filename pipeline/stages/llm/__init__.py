@@ -1,0 +1,1 @@
+"""Checkpoints for LLM servers: quantized layer by layer, packed, checked."""

@@ -1,0 +1,1 @@
+"""ONNX: exports of checkpoints, quantization, and the engines of ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""OpenVINO: conversion, compression, calibration and compilation of IRs."""

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: typed graphs, and plans built where no GPU is."""
