@@ -18,12 +18,13 @@ import click
 
 from pipeline.errors import RecipeError, StageError, UnavailableError
 from pipeline.frozen import frozen
+from pipeline.tables import DATA
 
 if TYPE_CHECKING:
     from pipeline.serve.external import Server
 
 F = TypeVar("F", bound=Callable[..., Any])
-PROBE = Path(__file__).parents[1] / "data" / "llm_probe.py"
+PROBE = DATA / "llm_probe.py"
 _VLLM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 """What `vllm serve` runs. The wheels for CPUs have another name, and their `vllm` looks for its own in vain."""
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from pipeline import installed
 from pipeline.errors import StageError, UnavailableError
 from pipeline.places import toolchain_home, toolchain_python
+from pipeline.tables import DATA
 
-LOCKS = Path(__file__).parents[1] / "data" / "toolchains"
+LOCKS = DATA / "toolchains"
 
 
 def interpreter(name: str, configured: Mapping[str, str]) -> str:

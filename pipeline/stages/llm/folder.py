@@ -18,8 +18,9 @@ from pipeline.recipe import option
 from pipeline.stages.llm.scheme import Scheme
 from pipeline.stages.share import share
 from pipeline.step import Inputs, Progress
+from pipeline.tables import DATA
 
-PROBE = Path(__file__).parents[2] / "data" / "llm_probe.py"
+PROBE = DATA / "llm_probe.py"
 _EXTRAS = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
            "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
            "chat_template.json")  # fmt: skip

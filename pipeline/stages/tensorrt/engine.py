@@ -177,7 +177,7 @@ STAGE_RTX = Stage(
     run,
     version=1,
     tools=("onnx", *flavour("tensorrt-rtx").distributions),
-    deterministic=False,  # equal only where the system lets trt_alone.py settle
+    deterministic=False,  # equal only where the system lets alone.py settle
     memory=holding(350, weights=1.8),
 )
 STAGE = Stage(
