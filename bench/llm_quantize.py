@@ -26,12 +26,15 @@ SAMPLES, LENGTH = 8, 128
 PEER = """
 import json, sys
 from pathlib import Path
+import torch
 from compressed_tensors.offload import dispatch_model  # noqa: F401  fails early where the environment is not the peer's
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.{module} import {modifier}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if not torch.accelerator.is_available():  # its AWQ pins memory for a device, and fails where there is none
+    torch.Tensor.pin_memory = lambda tensor, *place: tensor
 source, out, ids = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 recipe = [{modifier}(targets=["Linear"], scheme="{scheme}", ignore=["lm_head"])]
