@@ -123,6 +123,10 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--peer", help="an interpreter with llmcompressor")
     parser.add_argument("--methods", nargs="+", default=["rtn", "awq"], choices=sorted(MODIFIERS))
+    parser.add_argument(
+        "--peer-methods", nargs="+", default=["rtn"], choices=sorted(MODIFIERS),
+        help="of the peer: on two cores its AWQ takes an hour and more for 1.1B",
+    )  # fmt: skip
     parser.add_argument("--scratch", type=Path, default=ROOT / ".bench" / "llm")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--length", type=int, default=LENGTH)
@@ -135,7 +139,7 @@ def main() -> int:
     for method in arguments.methods:
         told = (method, scratch, arguments.samples, arguments.length)
         costs = {"enginewright": ours(Path(folder), *told)}
-        if arguments.peer:
+        if arguments.peer and method in arguments.peer_methods:
             costs["llm-compressor"] = theirs(arguments.peer, Path(folder), *told)
         for tool, cost in costs.items():
             found.setdefault(name, {}).setdefault(method, {})[tool] = vars(cost)

@@ -284,5 +284,5 @@ def _config(config: dict[str, Any], scheme: Scheme, family: Family) -> dict[str,
 
 
 STAGE = Stage(
-    "llm.quantize", run, version=2, tools=TOOLS, scope="isa", resumable=True, memory=holding(300, largest=1.5, layer=3)
+    "llm.quantize", run, version=3, tools=TOOLS, scope="isa", resumable=True, memory=holding(300, largest=1.5, layer=3)
 )

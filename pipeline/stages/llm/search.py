@@ -23,7 +23,7 @@ Seen = Mapping[str, Mapping[str, Tensor]]
 """Linear -> absmax [K], meansq [K], rows [R, K]."""
 SEARCHED_ROWS = 768
 """Output channels of each weight that the search looks at: evenly spread, all of a small model."""
-RATIOS = tuple(step / 10 for step in range(1, 11))
+RATIOS = tuple(step / 20 for step in range(1, 21))
 
 
 def fold_layer(weights: Weights, family: Family, scheme: Scheme, seen: Seen, smoothing: float) -> dict[str, Tensor]:
