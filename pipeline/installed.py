@@ -65,11 +65,11 @@ def _folders(place: str) -> dict[str, str]:
 
 
 def _points(file: str, group: str) -> dict[str, str]:
-    """The entries of one group of an entry_points.txt; {} where there is none."""
+    """The entries of one group of an entry_points.txt; {} where there is none that can be read."""
     try:
         with open(file, encoding="utf-8") as stream:  # noqa: PTH123
             text = stream.read()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return {}
     found: dict[str, str] = {}
     section = ""
