@@ -42,8 +42,13 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        """Sum of the files' sizes."""
+        """Sum of the files' sizes, as the stage wrote them."""
         return sum(int(file["size"]) for file in self.files)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every file is still there (see run/lean.py)."""
+        return not any(file.get("dropped") for file in self.files)
 
 
 def _stat(path: Path) -> list[int]:
@@ -59,6 +64,13 @@ def _describe(out: Path) -> list[dict[str, Any]]:
         {"path": f.relative_to(out).as_posix(), "size": f.stat().st_size, "digest": sha256_file(f), "stat": _stat(f)}
         for f in files
     ]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_bytes()))
+    return None
 
 
 def _sync(path: Path) -> None:
@@ -81,10 +93,11 @@ class Store:
         """Where a key's result is, or would be."""
         return self.root / "results" / key
 
-    def get(self, key: str, *, deep: bool = False) -> Entry | None:
+    def get(self, key: str, *, deep: bool = False, thin: bool = False) -> Entry | None:
         """The result of a key, or None. A changed, cut or missing file is a miss, told in `corrupt`.
 
         A file whose times, inode and size are as recorded is trusted; any other is hashed again. `deep` hashes all.
+        One whose large files were dropped is a miss as well, unless `thin` says that nobody will read them.
         """
         path = self.path(key)
         try:
@@ -102,8 +115,10 @@ class Store:
         if strays := sorted(set(there) - known):
             self.corrupt[key] = f"{strays[0]} does not belong to it"
             return None
+        if not entry.whole and not thin:
+            return None
         fresh = False
-        for file in entry.files:
+        for file in (file for file in entry.files if not file.get("dropped")):
             try:
                 stat = _stat(entry.out / file["path"])
                 if deep or stat != file["stat"]:
@@ -116,7 +131,7 @@ class Store:
                 return None
         if fresh:
             with contextlib.suppress(OSError):  # a read-only store is checked again next time
-                self._write(path / "entry.json", {"files": entry.files, "run": entry.run})
+                self.note(entry)
         with contextlib.suppress(OSError):
             os.utime(path)
         return entry
@@ -202,11 +217,7 @@ class Store:
 
     def key_text(self, key: str) -> dict[str, Any] | None:
         """What was hashed into a stored key."""
-        try:
-            text: dict[str, Any] = json.loads((self.path(key) / "key.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return text
+        return _read(self.path(key) / "key.json")
 
     @contextlib.contextmanager
     def using(self, keys: Iterable[str]) -> Iterator[None]:
@@ -217,19 +228,31 @@ class Store:
                     fcntl.flock(held.enter_context(self._lock_file(f"{key}.used")), fcntl.LOCK_SH)
             yield
 
-    def remove(self, key: str) -> bool:
-        """Delete a result, whole: first out of sight, then from the disk. False if a build uses it."""
+    @contextlib.contextmanager
+    def unused(self, key: str) -> Iterator[bool]:
+        """Hold a result that no build uses while the block runs; False, and nothing is held, where one does."""
         with self.locked(key), self._lock_file(f"{key}.used") as users:
             try:
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return False
-            trash = self.root / "scratch" / f"{key}.{uuid.uuid4().hex[:8]}"
-            trash.parent.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                self.path(key).rename(trash)
-            self._clear(key)
-        return True
+                yield False
+            else:
+                yield True
+
+    def note(self, entry: Entry) -> None:
+        """Write what an entry says of its files."""
+        self._write(entry.path / "entry.json", {"files": entry.files, "run": entry.run})
+
+    def remove(self, key: str) -> bool:
+        """Delete a result, whole: first out of sight, then from the disk. False if a build uses it."""
+        with self.unused(key) as free:
+            if free:
+                trash = self.root / "scratch" / f"{key}.{uuid.uuid4().hex[:8]}"
+                trash.parent.mkdir(exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    self.path(key).rename(trash)
+                self._clear(key)
+        return free
 
     def remember(self, name: str, keys: dict[str, str]) -> None:
         """Note which keys a recipe's steps had, so that the next plan can say what changed."""
@@ -240,11 +263,7 @@ class Store:
 
     def last(self, name: str) -> dict[str, str]:
         """Step -> key, of the recipe's last build."""
-        try:
-            keys: dict[str, str] = json.loads((self.root / "last" / f"{name}.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return keys
+        return _read(self.root / "last" / f"{name}.json") or {}
 
     def _write(self, path: Path, value: Any) -> None:
         # Always in `scratch`: who is killed here leaves it where `cache gc` looks, and never within a result.

@@ -31,9 +31,6 @@ from pipeline.source import Source as Pinned
 from pipeline.store import Entry
 from pipeline.targets import Facts, Job, load
 
-PACKAGED = ("engine", "golden")
-"""The steps whose files an artifact holds."""
-
 
 def manifest_facts(
     job: Job, name: str, plan: Plan, results: Mapping[str, Entry], verdicts: tuple[Verdict, ...], hardware: Hardware

@@ -14,7 +14,7 @@ import click
 
 from pipeline.cli import outcome, preflight
 from pipeline.cli.cache import size
-from pipeline.cli.console import listening, opened
+from pipeline.cli.console import listening, megabytes, opened
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.cli.publish import publish
@@ -23,6 +23,7 @@ from pipeline.hardware import probe
 from pipeline.parity import gates
 from pipeline.run import budget
 from pipeline.run.budget import Budget
+from pipeline.run.lean import drop
 from pipeline.run.local import Runner
 from pipeline.run.once import Event
 from pipeline.run.status import status
@@ -48,6 +49,7 @@ FORMAT = click.Choice(["text", "json"])
 @click.option("--cache", "root", type=FOLDER, help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache/enginewright.")
 @click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
+@click.option("--lean", is_flag=True, help="At the end drop intermediate results that no artifact holds.")
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
 @click.option(
     "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
@@ -78,6 +80,7 @@ def build(
     root: Path | None,
     out: Path,
     copy: bool,
+    lean: bool,
     jobs: int | None,
     where: str,
     memory: str | None,
@@ -144,6 +147,7 @@ def build(
             where,
             quiet or form == "json",
             shared,
+            frozenset(state.step.key for state in states if state.thin),
         )
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
@@ -166,6 +170,10 @@ def build(
             document["choices"] = [asdict(choice) for choice in choices]
         if stream:
             stream.write(json.dumps({"event": "result", **document}) + "\n")
+    if lean and not failed:
+        dropped = drop(prepared.plan, store)
+        if not quiet and form != "json":
+            _note(f"--lean dropped {megabytes(dropped)} of intermediate results")
     if form == "json":
         click.echo(json.dumps(document, indent=2))
     else:
@@ -220,6 +228,7 @@ def _run(
     where: str,
     quiet: bool,
     shared: Shared | None,
+    spared: frozenset[str],
 ) -> dict[str, Entry]:
     with listening(missing, stream, quiet=quiet) as show:
 
@@ -231,7 +240,7 @@ def _run(
         chains = prepared.recipe.toolchains
         try:
             if where == "local":
-                return Runner(store, listen, chains, limits, shared).run(prepared.plan)
+                return Runner(store, listen, chains, limits, shared, spared).run(prepared.plan)
             from pipeline.run.ray import RayRunner
 
             nodes = {"url": shared.url, "read_only": shared.read_only} if shared else None

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import RecipeError, VerificationError
-from pipeline.store import Store, open_store
+from pipeline.store import Entry, Store, open_store
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -54,15 +54,21 @@ def ls(root: Path | None, form: str) -> None:
     store = open_store(root)
     rows = []
     for key in store.entries():
-        entry = store.get(key)
-        size_bytes = entry.size_bytes if entry else 0
-        rows.append({"key": key, "size_bytes": size_bytes, "state": "ok" if entry else store.corrupt.get(key, "gone")})
+        entry = store.get(key, thin=True)
+        size_bytes = sum(file["size"] for file in entry.files if not file.get("dropped")) if entry else 0
+        rows.append({"key": key, "size_bytes": size_bytes, "state": _state(store, key, entry)})
     if form == "json":
         click.echo(json.dumps({"root": str(store.root), "results": rows}, indent=2))
         return
     for row in rows:
         click.echo(f"{int(str(row['size_bytes'])) / 1e6:10.1f} MB  {row['key']}  {row['state']}")
     click.echo(f"{sum(int(str(r['size_bytes'])) for r in rows) / 1e6:10.1f} MB  {len(rows)} results in {store.root}")
+
+
+def _state(store: Store, key: str, entry: Entry | None) -> str:
+    if entry is None:
+        return store.corrupt.get(key, "gone")
+    return "ok" if entry.whole else "ok, without its large files"
 
 
 @cache.command()
@@ -152,7 +158,7 @@ def verify(root: Path | None, remove: bool) -> None:
     """Hash every file of every result and compare."""
     store = open_store(root)
     keys = list(store.entries())
-    bad = [key for key in keys if store.get(key, deep=True) is None]
+    bad = [key for key in keys if store.get(key, deep=True, thin=True) is None]
     for key in bad:
         click.echo(f"corrupt: {key}: {store.corrupt.get(key, 'gone')}")
         if remove and not store.remove(key):

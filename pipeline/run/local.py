@@ -23,10 +23,13 @@ class Runner:
     toolchains: Mapping[str, str]
     budget: Budget = field(default_factory=Budget)
     beyond: Beyond | None = None
+    spared: frozenset[str] = frozenset()
+    """Keys of results that need not be whole: see `status`."""
 
     def run(self, plan: Plan) -> dict[str, Entry]:
         """Results by key. The first failure ends the run: steps under way are stopped, finished ones are kept."""
-        once = Once(self.store, self.on_event, Children(self.store.root / "logs", self.toolchains), self.beyond)
+        logs = self.store.root / "logs"
+        once = Once(self.store, self.on_event, Children(logs, self.toolchains), self.beyond, self.spared)
         done: dict[str, Entry] = {}
         queue, running = Queue(plan), dict[str, int]()
         futures: dict[Future[Entry], str] = {}

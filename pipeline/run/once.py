@@ -38,12 +38,14 @@ class Once:
     on_event: Callable[[Event], None]
     children: Children
     beyond: Beyond | None = None
+    spared: frozenset[str] = frozenset()
+    """Keys of results whose large files were dropped and that nobody will read."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self, step: PlannedStep, inputs: Mapping[str, Path], threads: int) -> Entry:
         """The step's result. Raises its error; nothing half-made is kept."""
-        if self.beyond is None and (entry := self.store.get(step.key)):
+        if self.beyond is None and (entry := self.store.get(step.key, thin=step.key in self.spared)):
             self._tell("hit", step, size_bytes=entry.size_bytes)
             return entry
         run: dict[str, Any] = {}
@@ -79,8 +81,8 @@ class Once:
 
     def _found(self, step: PlannedStep) -> Entry | None:
         """The step's result, if it is in the store or can be had from the one behind it."""
-        if entry := self.store.get(step.key):
-            if self.beyond:
+        if entry := self.store.get(step.key, thin=step.key in self.spared):
+            if self.beyond and entry.whole:
                 entry = self.beyond.offer(entry, self.store, lambda said: self._tell("note", step, note=said))
             self._tell("hit", step, size_bytes=entry.size_bytes)
         elif self.beyond:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.frozen import frozen
 from pipeline.plan import Plan, PlannedStep
+from pipeline.run.lean import read_at_the_end
 from pipeline.store import Store
 
 
@@ -18,14 +19,24 @@ class Status:
     hit: bool
     reason: str
     size_bytes: int
+    thin: bool = False
+    """A hit whose large files were dropped: no step that has to run reads them."""
 
 
 def status(plan: Plan, store: Store, last: Mapping[str, str]) -> Iterator[Status]:
     """Hit or miss for every step, with the reason for a miss; `last` is `Store.last` of this recipe."""
+    entries = {step.key: store.get(step.key, thin=True) for step in plan.steps}
+    read = read_at_the_end(plan)
+    for step in reversed(plan.steps):
+        entry = entries[step.key]
+        if entry is None or (not entry.whole and step.key in read):
+            read.update(step.needs.values())
     for step in plan.steps:
-        entry = store.get(step.key)
-        if entry:
-            yield Status(step, True, "", entry.size_bytes)
+        entry = entries[step.key]
+        if entry and (entry.whole or step.key not in read):
+            yield Status(step, True, "", entry.size_bytes, thin=not entry.whole)
+        elif entry:
+            yield Status(step, False, "a step that runs reads what `build --lean` dropped of its result", 0)
         else:
             yield Status(step, False, store.corrupt.get(step.key) or _reason(step, store, last), 0)
 
