@@ -160,6 +160,7 @@ def encoder(tools: Interpreters, home: Path, name: str, model: Path, task: str, 
                     Phase("cold", (tools.build(recipe),)),
                     Phase("warm", (tools.build(recipe),)),
                     Phase("edit", (edit,)),
+                    Phase("lean", (("rm", "-rf", "cache", "out"), tools.build(recipe, "--lean"))),
                 ),
                 ("out",),
             ),
@@ -208,8 +209,9 @@ def three_targets(tools: Interpreters, home: Path, model: Path, task: str, recip
             for key, passes in ways.items()
         ]
         quantize = tools.optimum_cli("onnxruntime", "quantize", "--onnx_model", "out-a", "--avx2")
+        lean = Phase("lean", (tools.build(recipe, "--lean"),))
         return (
-            Attempt(OURS, (Phase("cold", (tools.build(recipe),)),), ("out",)),
+            Attempt(OURS, (Phase("cold", (tools.build(recipe),)), lean), ("out",)),
             Attempt(
                 OLIVE,
                 (Phase("cold", tuple(tools.olive_run(config) for config in configs)),),
@@ -246,8 +248,9 @@ def decoder(tools: Interpreters, name: str, precision: str, model: Path, recipe:
     def attempts(parent: Path) -> tuple[Attempt, ...]:
         olive = (tools.tool(tools.olive, "olive"), "capture-onnx-graph", "-m", str(model), "--use_model_builder")
         genai = (str(tools.ours), "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", "out")
+        lean = Phase("lean", (tools.build(recipe, "--lean"),))
         found = [
-            Attempt(OURS, (Phase("cold", (tools.build(recipe),)),), ("out",)),
+            Attempt(OURS, (Phase("cold", (tools.build(recipe),)), lean), ("out",)),
             Attempt(OLIVE, (Phase("cold", ((*olive, "--precision", precision, "-o", "out"),)),), ("out",)),
             Attempt(GENAI, (Phase("cold", ((*genai, "-p", precision, "-e", "cpu", "-c", "cache"),)),), ("out",)),
         ]
