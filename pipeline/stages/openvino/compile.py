@@ -8,7 +8,7 @@ inside. It loads in the same version of OpenVINO on the same kind of device alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline import hardware
 from pipeline.errors import StageError
 from pipeline.frozen import frozen
 from pipeline.size import holding
+from pipeline.stages.openvino.pages import let_go
 from pipeline.stages.openvino.settings import Settings, properties
 from pipeline.stages.share import share
 from pipeline.step import Inputs, Progress, Stage
@@ -48,10 +49,16 @@ def run(inputs: Inputs, options: CompileOptions, out: Path, progress: Progress) 
     asked = properties(options.settings, decoder=decoder)
     progress(0, 1, options.settings.device)
     core = ov.Core()
-    model = core.read_model(out / XML)
-    last = decoder and last_logits_only(model)
+    last = False
+
+    def read() -> Any:
+        nonlocal last
+        model = core.read_model(out / XML)
+        last = decoder and last_logits_only(model)
+        return model
+
     try:
-        weights = _write_blob(core, model, options.settings.device, asked, out / BLOB, (out / XML).with_suffix(".bin"))
+        weights = _write_blob(core, read, options.settings.device, asked, out / BLOB, (out / XML).with_suffix(".bin"))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1:] or ["no reason given"]
         raise StageError(f"OpenVINO cannot compile it for {options.settings.device}: {reason[0].strip()}") from error
@@ -82,19 +89,29 @@ def import_blob(core: Any, file: Path, device: str, told: Mapping[str, str]) -> 
     return core.import_model(mapped, device, dict(told)), mapped
 
 
-def _write_blob(core: Any, model: Any, device: str, asked: Mapping[str, str], file: Path, weights_file: Path) -> str:
+def _write_blob(
+    core: Any, read: Callable[[], Any], device: str, asked: Mapping[str, str], file: Path, weights_file: Path
+) -> str:
     """Write the blob; whether its weights are in the `bin` or `inside`. RuntimeError where neither answers as the model
-    that was compiled: OpenVINO 2026.4 loses constants of some graphs when it leaves weights out."""
-    feeds = _feeds(model)
+    that was compiled: OpenVINO 2026.4 loses constants of some graphs when it leaves weights out.
+
+    Only one of the model, the blob and what is imported from it is held at a time. The blob is written before the
+    first inference, which copies every weight into the plugin's own layout.
+    """
     for weights, mode in (("bin", {"CACHE_MODE": "OPTIMIZE_SIZE"}), ("inside", {})):
+        model = read()
+        feeds = _feeds(model)
         compiled = core.compile_model(model, device, {**asked, **mode})
-        expected = _answers(compiled, feeds)
         exported = compiled.export_model()
         file.write_bytes(exported if isinstance(exported, bytes) else exported.getbuffer())
-        del compiled, exported  # both hold the weights
+        del exported
+        with let_go(weights_file):
+            expected = _answers(compiled, feeds)
+        del compiled, model
         try:
             imported, mapped = import_blob(core, file, device, import_properties(asked, weights, weights_file))
-            found = _answers(imported, feeds)
+            with let_go(weights_file, file):
+                found = _answers(imported, feeds)
             del imported, mapped
         except RuntimeError:
             continue
