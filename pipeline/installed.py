@@ -20,7 +20,8 @@ SUFFIX = ".dist-info"
 
 def version(distribution: str, path: Sequence[str] | None = None) -> str | None:
     """The version of a distribution in the folders of `path` (None: of this interpreter); None when it is not there."""
-    wanted = _normal(distribution)
+    if not (wanted := _normal(distribution)):
+        return None  # importlib.metadata would take the first that it finds
     for folder in sys.path if path is None else path:
         if found := _folders(folder).get(wanted):
             return found.removesuffix(SUFFIX).partition("-")[2]

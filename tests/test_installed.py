@@ -44,6 +44,7 @@ def test_what_has_no_folder_is_asked_of_importlib(tmp_path: Path) -> None:
         archive.writestr("zipped-3.4.dist-info/METADATA", "Metadata-Version: 2.1\nName: zipped\nVersion: 3.4\n")
     assert installed.version("zipped", [str(egg)]) == "3.4"
     assert installed.version("zipped") is None and installed.version("zipped", []) is None
+    assert installed.version("") is None
 
 
 def test_the_first_on_the_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__, hardware, targets
+from pipeline import __version__, hardware, installed, targets
 from pipeline.cli import preflight
 from pipeline.cli.console import megabytes, table
 from pipeline.cli.prepare import Prepared, prepare
@@ -61,7 +60,7 @@ def doctor(recipe: Path | None, root: Path | None, form: str) -> None:
             "devices": [f"{device.name} (compute capability {device.compute_capability})" for device in host.devices],
         },
         "store": {"path": str(store.root), "free_bytes": preflight.free(store.root)},
-        "packages": {name: version for name in SHOWN if (version := _version(name))},
+        "packages": {name: version for name in SHOWN if (version := installed.version(name))},
         "runtimes": [runtime_state(name) for name in targets.names()],
         "toolchains": {name: _toolchain(name) for name in toolchain.names()},
     }
@@ -73,30 +72,27 @@ def doctor(recipe: Path | None, root: Path | None, form: str) -> None:
         raise UnavailableError("\n".join(problems), hint="see the report above")
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def runtime_state(name: str) -> dict[str, Any]:
     """Whether a backend's packages are installed, and if not, the command that installs them."""
     try:
         extra = targets.load(name).EXTRA
     except UnavailableError as error:
         return {"runtime": name, "ok": False, "reason": error.message}
-    missing = [each for each in _needed(extra) if not any(map(_version, (each, f"{each}-gpu", f"{each}-cuda")))]
+    missing = [
+        each for each in _needed(extra) if not any(map(installed.version, (each, f"{each}-gpu", f"{each}-cuda")))
+    ]
     reason = f"missing {', '.join(missing)}: pip install 'enginewright[{extra}]'" if missing else "installed"
     return {"runtime": name, "ok": not missing, "reason": reason}
 
 
 def _needed(extra: str) -> list[str]:
     """The distributions that an extra asks for, the extras within it included."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     found: list[str] = []
-    for line in importlib.metadata.requires("enginewright") or ():
+    for line in requires("enginewright") or ():
         requirement = Requirement(line)
         if requirement.marker and requirement.marker.evaluate({"extra": extra}) and "extra" in str(requirement.marker):
             if requirement.name == "enginewright":

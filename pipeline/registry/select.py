@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,6 +12,7 @@ from pipeline.artifact.manifest import Manifest, Requirement, Target, freeze
 from pipeline.errors import UnavailableError
 from pipeline.frozen import frozen
 from pipeline.hardware import ISA, Device, Hardware
+from pipeline.installed import version
 from pipeline.registry.origin import plain
 
 Rank = Literal["exact", "family", "isa", "portable", "no"]
@@ -130,7 +130,7 @@ def _lacking(requires: Mapping[str, Requirement]) -> list[str]:
     """What is not installed here, or in another version."""
     found = []
     for name, wanted in sorted(requires.items()):
-        have = _installed(name)
+        have = version(name)
         asked = " ".join(
             f"{sign}{text}"
             for sign, text in (("==", wanted.exact), (">=", wanted.min), ("<=", wanted.max))
@@ -141,13 +141,6 @@ def _lacking(requires: Mapping[str, Requirement]) -> list[str]:
         elif not _satisfies(have, wanted):
             found.append(f"needs {name} {asked}, and {have} is installed here")
     return found
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return None
 
 
 def _at_least(have: str, oldest: str) -> bool:

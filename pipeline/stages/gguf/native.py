@@ -7,7 +7,6 @@ and llama-cpp-python's library is the second choice. No compiler is needed for e
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UnavailableError
+from pipeline.installed import version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,11 +63,7 @@ def libraries() -> Iterator[Path]:
 def installed() -> str:
     """Distribution that brings the library: the one whose version belongs into keys."""
     for package, distribution in (("xllamacpp", "xllamacpp"), ("llama_cpp", "llama_cpp_python")):
-        try:
-            importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if importlib.util.find_spec(package):
+        if version(distribution) and importlib.util.find_spec(package):
             return distribution
     return "xllamacpp"
 

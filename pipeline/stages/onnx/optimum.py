@@ -18,7 +18,8 @@ from pipeline.errors import StageError, UnavailableError
 from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import holding
-from pipeline.stages.onnx.torch import interface_of, special_tokens
+from pipeline.stages.decoder_export import special_tokens
+from pipeline.stages.onnx.torch import interface_of
 from pipeline.stages.tasks import infer_task, kind_of, load_model, read_config
 from pipeline.step import Inputs, Progress, Stage
 

@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.frozen import frozen
 from pipeline.recipe import Task, option
 from pipeline.size import holding
-from pipeline.stages.tasks import infer_task, kind_of, load_model, paused_collector, read_config
+from pipeline.stages.decoder_export import special_tokens
+from pipeline.stages.tasks import infer_task, kind_of, load_model, paused_collector
 from pipeline.step import Inputs, Progress, Stage
 
 
@@ -113,7 +114,6 @@ def _decoder_facts(model: Any, folder: Path, layers: int, kv_heads: int, head_di
     heads = getattr(config, "num_attention_heads", None)
     if model.config.is_encoder_decoder:
         heads = getattr(config, "decoder_attention_heads", heads)
-    tokens = special_tokens(folder)
     return {
         "layers": layers,
         "kv_heads": kv_heads,
@@ -122,7 +122,7 @@ def _decoder_facts(model: Any, folder: Path, layers: int, kv_heads: int, head_di
         "heads": int(heads or kv_heads),
         "vocab_size": vocab,
         "context_length": _context_length(config),
-        **tokens,
+        **special_tokens(folder),
         "cache": "concat",
     }
 
@@ -134,22 +134,6 @@ def _context_length(config: Any) -> int | None:
         if isinstance(value, int) and not (name == "n_positions" and config.model_type in ("t5", "mt5", "umt5")):
             return value
     return None
-
-
-def special_tokens(folder: Path) -> dict[str, Any]:
-    """bos_token_id, eos_token_ids, pad_token_id, decoder_start_token_id: generation_config.json before config.json."""
-    values = read_config(folder)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        told = json.loads(generation.read_text(encoding="utf-8"))
-        values = {**values, **{key: value for key, value in told.items() if value is not None}}
-    eos = values.get("eos_token_id")
-    return {
-        "bos_token_id": values.get("bos_token_id"),
-        "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
-        "pad_token_id": values.get("pad_token_id"),
-        "decoder_start_token_id": values.get("decoder_start_token_id"),
-    }
 
 
 def interface_of(graph: Any) -> dict[str, list[dict[str, Any]]]:

@@ -76,6 +76,7 @@ class DecoderOptions:
 def run(inputs: Inputs, options: DecoderOptions, out: Path, progress: Progress) -> None:
     """inputs: model, optional tokenizer. Writes an engine's folder."""
     from pipeline.stages.checkpoint import Checkpoint
+    from pipeline.stages.decoder_export import decoder_export, served_context
     from pipeline.stages.onnx.families import read_decoder
     from pipeline.stages.openvino.decoder import build_decoder
     from pipeline.stages.openvino.file import Ghosts
@@ -84,6 +85,7 @@ def run(inputs: Inputs, options: DecoderOptions, out: Path, progress: Progress) 
 
     checkpoint = Checkpoint(inputs["model"])
     decoder = read_decoder(checkpoint.config)
+    context = served_context(decoder, options.context_length)
     ghosts = Ghosts()
     forms, fallback = _forms(options)
     placer = Placer(ghosts, forms, fallback)
@@ -100,7 +102,7 @@ def run(inputs: Inputs, options: DecoderOptions, out: Path, progress: Progress) 
             },
             "weights": placer.counts(),
         }
-    export = _export(decoder, inputs["model"], options.context_length)
+    export = decoder_export(decoder, inputs["model"], exporter="direct", cache="stateful", context=context)
     complete(
         out,
         inputs["model"],
@@ -129,42 +131,6 @@ def _forms(options: DecoderOptions) -> tuple[dict[str, Any], Any]:
     int4 = Form(bits=4, group=told.group_size, symmetric=told.symmetric)
     chosen = {"int8": int8, "int4": int4}
     return {"linear": int4, "head": chosen[told.head], "embedding": chosen[told.embeddings]}, int8
-
-
-def _export(decoder: Any, model: Path, context_length: int | None) -> dict[str, Any]:
-    """What engine.json says of the model, as the exporters of ONNX say it."""
-    from pipeline.stages.onnx.fused import special_tokens
-
-    if context_length is not None and context_length > decoder.context:
-        raise RecipeError(
-            f"context_length is {context_length}, but the model's max_position_embeddings is {decoder.context}",
-            hint=f"ask for at most {decoder.context}",
-        )
-    return {
-        "exporter": "direct",
-        "task": "text-generation",
-        "kind": "decoder",
-        "interface": {
-            "inputs": [
-                {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]},
-                {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "sequence"]},
-            ],
-            "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", "sequence", decoder.vocab]}],
-        },
-        "decoder": {
-            "layers": decoder.layers,
-            "kv_heads": decoder.kv_heads,
-            "head_dim": decoder.head_dim,
-            "hidden_size": decoder.hidden,
-            "heads": decoder.heads,
-            "vocab_size": decoder.vocab,
-            "context_length": context_length or decoder.context,
-            **special_tokens(model),
-            "decoder_start_token_id": None,
-            "cache": "stateful",
-        },
-        "pooling": None,
-    }
 
 
 STAGE = Stage("openvino.decoder", run, version=1, tools=("numpy", "openvino"), memory=holding(130, largest=0.6))

@@ -26,8 +26,8 @@ def run(inputs: Inputs, options: StaticOptions, out: Path, progress: Progress) -
     import onnx
 
     from pipeline.stages.checkpoint import Checkpoint
+    from pipeline.stages.decoder_export import decoder_export
     from pipeline.stages.onnx.families import read_decoder
-    from pipeline.stages.onnx.fused import special_tokens
     from pipeline.stages.tensorrt.decoder_graph import build_static_decoder
 
     checkpoint = Checkpoint(inputs["model"])
@@ -35,32 +35,10 @@ def run(inputs: Inputs, options: StaticOptions, out: Path, progress: Progress) -
     progress(0, 1, "graph")
     graph = build_static_decoder(decoder, checkpoint, options.cache_length)
     onnx.save_model(graph.model(), out / "model.onnx")
-    export = {
-        "exporter": "static",
-        "task": "text-generation",
-        "kind": "decoder",
-        "components": {"model": "model.onnx"},
-        "interface": {
-            "inputs": [
-                {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]},
-                {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "sequence"]},
-            ],
-            "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", "sequence", decoder.vocab]}],
-        },
-        "decoder": {
-            "layers": decoder.layers,
-            "kv_heads": decoder.kv_heads,
-            "head_dim": decoder.head_dim,
-            "hidden_size": decoder.hidden,
-            "heads": decoder.heads,
-            "vocab_size": decoder.vocab,
-            "context_length": options.cache_length,
-            **special_tokens(inputs["model"]),
-            "decoder_start_token_id": None,
-            "cache": "static",
-        },
-        "pooling": None,
-    }
+    files, context = {"model": "model.onnx"}, options.cache_length
+    export = decoder_export(
+        decoder, inputs["model"], exporter="static", cache="static", context=context, components=files
+    )
     (out / "export.json").write_text(json.dumps(export, indent=2) + "\n", encoding="utf-8")
     progress(1, 1, "graph")
 
