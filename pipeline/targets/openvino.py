@@ -79,7 +79,7 @@ class Options(TargetOptions):
     compile: bool | None = option(
         None,
         "Put the compiled engine for this machine beside the IR, when it is built on such a machine. `null`: unless "
-        "the model takes more than 8 GiB in fp32, where OpenVINO's compiler would hold it three times in int4.",
+        "the model takes more than 8 GiB in fp32, where OpenVINO's compiler would hold it twice in int4.",
     )
     tokenizer: bool = option(True, "Decoders: convert the tokenizer for LLMPipeline and Model Server.")
     threads: int = option(0, "Threads of one engine; 0 is all physical cores of the machine it runs on.", ge=0)
