@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
@@ -107,4 +108,6 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # or the interpreter looks for garbage among the million objects of torch as it ends: 1.2 CPU s
+    sys.exit(code)
