@@ -72,13 +72,13 @@ def assemble(
                     return Assembled(artifact_id(data), given, True)
         _renew(destination, present, statements, manifest_facts.name)
     except OSError as error:
-        raise _disk_error(error, payload, destination) from error
+        raise disk_error(error, payload, destination) from error
     return Assembled(present, given, False)
 
 
 def _payload(engine: Path, golden: Path | None, facts: ManifestFacts, license_file: Path | None) -> Payload:
     """Every file of the artifact but manifest.json, sorted by path."""
-    files: dict[str, Path | bytes] = dict(_files(engine))
+    files: dict[str, Path | bytes] = dict(regular_files(engine))
     for name in files:
         if paths.folded(name.partition("/")[0]) in (paths.ATTESTATIONS, paths.MANIFEST, paths.GOLDEN):
             raise StageError(
@@ -86,7 +86,7 @@ def _payload(engine: Path, golden: Path | None, facts: ManifestFacts, license_fi
                 hint="the target's engine step must not write it",
             )
     if golden:
-        files |= {f"{paths.GOLDEN}/{name}": path for name, path in _files(golden).items()}
+        files |= {f"{paths.GOLDEN}/{name}": path for name, path in regular_files(golden).items()}
     present = {paths.folded(name) for name in files}
     if "license" not in present and (text := license_file or card.license_text(facts)):
         files["LICENSE"] = text
@@ -95,8 +95,8 @@ def _payload(engine: Path, golden: Path | None, facts: ManifestFacts, license_fi
     return dict(sorted(files.items()))
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Relative path -> regular file. StageError for links and special files."""
+def regular_files(folder: Path) -> dict[str, Path]:
+    """Relative path -> regular file, of all below a folder. StageError for links and special files."""
     found, waiting = {}, [(folder, "")]
     while waiting:
         directory, prefix = waiting.pop()
@@ -161,7 +161,7 @@ def _present(destination: Path, payload: Payload, facts: ManifestFacts) -> str |
 def _files_present(destination: Path) -> dict[str, Path]:
     """The artifact's files, without manifest.json and `.attest/`."""
     hidden = f"{paths.ATTESTATIONS}/"
-    files = _files(destination)
+    files = regular_files(destination)
     return {name: path for name, path in files.items() if name != paths.MANIFEST and not name.startswith(hidden)}
 
 
@@ -253,7 +253,8 @@ def _renew(artifact: Path, identity: str, statements: Mapping[str, Attestation],
             )
 
 
-def _disk_error(error: OSError, payload: Payload, destination: Path) -> StageError:
+def disk_error(error: OSError, payload: Payload, destination: Path) -> StageError:
+    """The error for files that could not be put in their place."""
     where = error.filename or destination
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in payload.values())

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 MANIFEST = "manifest.json"
 ATTESTATIONS = ".attest"
 GOLDEN = "golden"
+DRAFT = "draft.json"
+"""Beside an engine that nothing has proved, in the manifest's place."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")

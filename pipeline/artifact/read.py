@@ -37,8 +37,8 @@ def load(artifact: Path) -> tuple[Manifest, bytes]:
 
 
 def manifest_file(artifact: Path) -> bytes:
-    """The bytes of an artifact's manifest.json. RecipeError when the folder is missing or the one above several
-    artifacts, VerificationError otherwise."""
+    """The bytes of an artifact's manifest.json. RecipeError when the folder is missing, a draft, or the one above
+    several artifacts, VerificationError otherwise."""
     path = artifact / paths.MANIFEST
     if not artifact.is_dir():
         what = "is a file, not a folder" if artifact.exists() else "does not exist"
@@ -47,6 +47,7 @@ def manifest_file(artifact: Path) -> bytes:
         missing = not (path.is_symlink() or path.exists())
         if missing:
             not_above(artifact)
+            not_draft(artifact)
         raise VerificationError(f"{path} {'is missing' if missing else 'is not a regular file'}", hint=HINT)
     try:
         with path.open("rb") as stream:
@@ -59,6 +60,13 @@ def not_above(folder: Path) -> None:
     """RecipeError for the folder of a build, which holds an artifact for each target, and is none itself."""
     if held := sorted(str(path.parent) for path in folder.glob(f"*/{paths.MANIFEST}")):
         raise RecipeError(f"{folder} holds artifacts, and is none itself", hint=f"give one: {', '.join(held)}")
+
+
+def not_draft(folder: Path) -> None:
+    """RecipeError for what `enginewright draft` made, which nothing has proved."""
+    if (folder / paths.DRAFT).is_file():
+        hint = "`build` with the same recipe proves the engine and makes the artifact, without building it again"
+        raise RecipeError(f"{folder} is a draft, not an artifact: nothing has proved it", hint=hint)
 
 
 def decode(data: bytes) -> tuple[Manifest | None, Problems]:

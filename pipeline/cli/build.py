@@ -8,26 +8,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import outcome, preflight
 from pipeline.cli.cache import size
-from pipeline.cli.console import listening, megabytes, opened
+from pipeline.cli.console import megabytes, opened
 from pipeline.cli.errors import report
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.cli.publish import publish
-from pipeline.errors import GateError, RecipeError, StageError
+from pipeline.cli.running import run
+from pipeline.errors import GateError, RecipeError
 from pipeline.hardware import probe
 from pipeline.parity import gates
 from pipeline.run import budget
-from pipeline.run.budget import Budget
 from pipeline.run.lean import drop
-from pipeline.run.local import Runner
-from pipeline.run.once import Event
 from pipeline.run.status import status
-from pipeline.store import Entry, Store, open_store
+from pipeline.store import open_store
 
 if TYPE_CHECKING:
     from pipeline.cli.best_of import Choice
@@ -131,24 +129,12 @@ def build(
             report(misfit)
             return 1
         return 2 if detailed_exitcode and not all(state.hit for state in states) else 0
-    costs: dict[str, Event] = {}
     with opened(events) as stream, store.using(prepared.plan.by_key()):
-        missing = [state.step for state in states if not state.hit]
-        if running := [step for step in missing if step.key not in there]:
+        if running := [each.step for each in states if not each.hit and each.step.key not in there]:
             preflight.check(prepared, running, store, most, out)
         limits = budget.of_host(probe(), jobs, memory_bytes, os.environ.get("OMP_NUM_THREADS", ""))
-        results = _run(
-            prepared,
-            store,
-            [step.label for step in missing],
-            costs,
-            stream,
-            limits,
-            where,
-            quiet or form == "json",
-            shared,
-            frozenset(state.step.key for state in states if state.thin),
-        )
+        silent = quiet or form == "json"
+        results, costs = run(prepared, store, states, limits, where=where, shared=shared, stream=stream, quiet=silent)
         store.remember(_memory(prepared), _keys(prepared))
         judged = outcome.judge(prepared, results)
         if junit:
@@ -172,7 +158,7 @@ def build(
             stream.write(json.dumps({"event": "result", **document}) + "\n")
     if lean and not failed:
         dropped = drop(prepared.plan, store)
-        if not quiet and form != "json":
+        if not silent:
             _note(f"--lean dropped {megabytes(dropped)} of intermediate results")
     if form == "json":
         click.echo(json.dumps(document, indent=2))
@@ -216,39 +202,3 @@ def _memory(prepared: Prepared) -> str:
 
 def _keys(prepared: Prepared) -> dict[str, str]:
     return {f"{t}/{step}": key for t, keys in prepared.plan.targets.items() for step, key in keys.items()}
-
-
-def _run(
-    prepared: Prepared,
-    store: Store,
-    missing: Sequence[str],
-    costs: dict[str, Event],
-    stream: IO[str] | None,
-    limits: Budget,
-    where: str,
-    quiet: bool,
-    shared: Shared | None,
-    spared: frozenset[str],
-) -> dict[str, Entry]:
-    with listening(missing, stream, quiet=quiet) as show:
-
-        def listen(event: Event) -> None:
-            if event["event"] in ("done", "hit"):
-                costs[event["key"]] = event
-            show(event)
-
-        chains = prepared.recipe.toolchains
-        try:
-            if where == "local":
-                return Runner(store, listen, chains, limits, shared, spared).run(prepared.plan)
-            from pipeline.run.ray import RayRunner
-
-            nodes = {"url": shared.url, "read_only": shared.read_only} if shared else None
-            address = where.removesuffix("ray")
-            return RayRunner(store, listen, chains, limits, address, shared, nodes).run(prepared.plan)
-        except (RecipeError, StageError) as error:
-            # A stage knows its inputs by role: `model`, `data.txt`. The user knows them by path.
-            sources = {"model": prepared.job.sources.model, **prepared.job.sources.data}
-            named = (f"{role} is {source.uri}" for role, source in sources.items())
-            error.hint = f"{error.hint}\nwhere {', '.join(named)}".lstrip()
-            raise

@@ -19,6 +19,7 @@ from pipeline.cli.errors import report
 
 VERBS = {
     "build": "Build every target of a recipe: export, quantize, compile, prove, package.",
+    "draft": "Make the engines of a recipe alone, to look at: nothing is proved or packaged.",
     "init": "Write a commented recipe fitted to a model and to this host.",
     "verify": "Check an artifact against its manifest, and with --run prove it on this machine.",
     "inspect": "Show what an artifact is.",

@@ -29,9 +29,9 @@ def disk(prepared: Prepared) -> int:
     fp32 = weights * 4 // stored
     precisions = [str(getattr(target, "precision", "")) for target in prepared.recipe.targets.values()]
     shares = sum(SHARES.get(precision, stored / 4) for precision in precisions)
-    # A quantized engine is held against an unquantized one first.
-    shares += any(precision in ("int8", "int4") for precision in precisions) and "fp32" not in precisions
-    shares += any(target.runtime == "gguf" for target in prepared.recipe.targets.values()) and "F32" not in precisions
+    # A quantized engine is held against an unquantized one first, where one is not asked for anyway.
+    compared = any(step.name == "unquantized" for step in prepared.plan.steps)
+    shares += compared and not {"fp32", "F32"} & set(precisions)
     return weights + int(fp32 * shares)
 
 
@@ -90,9 +90,14 @@ def check(prepared: Prepared, steps: Iterable[PlannedStep], store: Store, memory
         raise problem
     for target in prepared.plan.targets:
         place = out / prepared.recipe.name / target
-        if obstacle := _obstacle(place.parent):
-            raise StageError(f"no artifact can be written to {out}: {obstacle}", hint="choose another --out")
+        writable(place, out, "artifact")
         check_replaceable(place)
+
+
+def writable(place: Path, out: Path, what: str) -> None:
+    """Refuse a place below `out` in whose folder nothing can be made. Raises StageError."""
+    if obstacle := _obstacle(place.parent):
+        raise StageError(f"no {what} can be written to {out}: {obstacle}", hint="choose another --out")
 
 
 def report_file(path: Path, option: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifact import paths
+from pipeline.artifact.read import not_draft
 from pipeline.errors import NetworkError, RecipeError
 from pipeline.frozen import frozen
 from pipeline.registry import attestations, media
@@ -43,6 +44,7 @@ def folders(given: Sequence[Path]) -> list[Path]:
             continue
         inner = sorted(each.parent for each in path.glob(f"[!.]*/{paths.MANIFEST}"))
         if not inner:
+            not_draft(path)
             raise RecipeError(f"{path} holds no artifact", hint="give artifacts/NAME, or the folder of one target")
         found += inner
     return found

@@ -26,6 +26,8 @@ from pipeline.errors import EnginewrightError, StageError
 from pipeline.plain import from_plain
 from pipeline.step import Stage
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one job; the exit code is the error's."""
@@ -44,18 +46,13 @@ def main(argv: list[str] | None = None) -> int:
             _run(job, out, messages)
         except EnginewrightError as error:
             return _fail(messages, error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                traceback.print_exc()
-                return _fail(messages, StageError(f"{type(error).__name__}: {error}"))
-            return _fail(messages, no_space(out, job))
         except MemoryError:
             return _fail(messages, StageError("out of memory", hint="build on a machine with more memory"))
         except Exception as error:
-            traceback.print_exc()
-            # A library that swallowed the errno still ran into the full disk.
-            if "No space left on device" in str(error):
+            # By its words too, for a library swallows the errno. Nothing is printed: the log lies on the full disk.
+            if getattr(error, "errno", 0) in FULL or "No space left on device" in str(error):
                 return _fail(messages, no_space(out, job))
+            traceback.print_exc()
             return _fail(messages, StageError(f"{type(error).__name__}: {error}"))
     return 0
 
