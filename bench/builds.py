@@ -29,47 +29,20 @@ import measure
 from jobs import OURS, Attempt, Interpreters, Job
 
 HOME = environments.HOME
-# Steps of Enginewright that no peer has: they prove the result, here and (golden) where the artifact goes.
-# `unquantized` is made to be compared, and no other step needs it.
-PROVING = {"reference", "golden", "prompts", "unquantized"}
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 INT8: dict[str, object] = {"precision": "int8"}
 
 
-def is_proof(step: str) -> bool:
-    """Whether a step (its label in the events, such as `cpu-int8/parity`) compares instead of building."""
-    name = step.split("/")[-1]
-    return name in PROVING or name.startswith("parity")
+def steps(text: str) -> dict[str, dict[str, float]]:
+    """What each step of a build took, from its NDJSON events: label -> {cpu_s, wall_s, peak_bytes}.
 
-
-def split_events(text: str) -> dict[str, Any]:
-    """What the steps of a build took, building and proving apart, from its NDJSON events.
-
-    Returns {"steps": {label: {cpu_s, wall_s, peak_bytes}}, "proof_cpu_s", "build_peak_bytes", "exports"}. Steps that
-    came from the store are not in it. `exports` counts how often an export ran.
+    Steps that came from the store are not in it.
     """
-    steps: dict[str, dict[str, float]] = {}
-    for line in text.splitlines():
-        event = json.loads(line)
-        if event["event"] == "done":
-            steps[event["step"]] = {
-                "cpu_s": event["cpu_s"],
-                "wall_s": event["wall_s"],
-                "peak_bytes": event["peak_rss_bytes"],
-            }
     return {
-        "steps": steps,
-        "proof_cpu_s": sum(cost["cpu_s"] for step, cost in steps.items() if is_proof(step)),
-        "build_peak_bytes": max((c["peak_bytes"] for step, c in steps.items() if not is_proof(step)), default=0),
-        "exports": sum(step.split("/")[-1] == "export" for step in steps),
+        event["step"]: {"cpu_s": event["cpu_s"], "wall_s": event["wall_s"], "peak_bytes": event["peak_rss_bytes"]}
+        for event in map(json.loads, text.splitlines())
+        if event["event"] == "done"
     }
-
-
-def results_of_building(work: Path, text: str) -> list[Path]:
-    """Where the store keeps what the building steps of a run made."""
-    events = [json.loads(line) for line in text.splitlines()]
-    made = [each["key"] for each in events if each["event"] in ("done", "hit") and not is_proof(each["step"])]
-    return [work / "cache" / "results" / key for key in made]
 
 
 def heavy_imports(log: str) -> list[str]:
@@ -102,21 +75,17 @@ def attempt(job: Job, one: Attempt, repetition: int) -> dict[str, Any]:
     for phase in one.phases:
         log = HOME / "logs" / job.id / f"{work.name}-{phase.name}-{repetition}.log"
         log.unlink(missing_ok=True)
+        place = work / phase.folder
+        place.mkdir(exist_ok=True)
         cost = measure.Cost(0, 0, 0, 0)
         for command in phase.commands:
-            cost += measure.run(command, cwd=work, environment=environment(), log=log)
+            cost += measure.run(command, cwd=place, environment=environment(), log=log)
         entry: dict[str, Any] = {"cost": cost}
         if one.outputs:
-            folders = [work / name for name in one.outputs]
-            entry["disk_bytes"] = measure.disk_bytes([work], [HOME / "inputs"])
-            entry["output_bytes"] = measure.disk_bytes(folders)
-        events = work / "events.ndjson"
-        if one.tool == OURS and events.exists():
-            text = events.read_text("utf-8")
-            entry["events"] = split_events(text)
-            entry["events"]["build_disk_bytes"] = measure.disk_bytes(
-                [*folders, *results_of_building(work, text)], [HOME / "inputs"]
-            )
+            entry["disk_bytes"] = measure.disk_bytes([place], [HOME / "inputs"])
+            entry["output_bytes"] = measure.disk_bytes([place / name for name in one.outputs])
+        if one.tool == OURS and (place / "events.ndjson").exists():
+            entry["steps"] = steps((place / "events.ndjson").read_text("utf-8"))
         found[phase.name] = entry
         print(
             f"{job.id:20} {one.tool:14} {phase.name:6} {cost.cpu_s:7.2f} CPU s {cost.wall_s:7.1f} s "
@@ -129,7 +98,7 @@ def attempt(job: Job, one: Attempt, repetition: int) -> dict[str, Any]:
         log.unlink(missing_ok=True)
         # A build with all in the store; it follows `edit`, whose results the first recipe shares but for one.
         traced = {**environment(), "PYTHONPROFILEIMPORTTIME": "1"}
-        cost = measure.run(warm.commands[0], cwd=work, environment=traced, log=log)
+        cost = measure.run(warm.commands[0], cwd=work / warm.folder, environment=traced, log=log)
         found["warm"]["imports"] = heavy_imports(log.read_text("utf-8", "replace"))
         found["warm"]["imports_exit_code"] = cost.exit_code
     return found
@@ -141,19 +110,9 @@ def gather(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in found[0]:
         entries = [each[name] for each in found]
         figures = measure.median([entry["cost"] for entry in entries])
-        for extra in ("disk_bytes", "output_bytes", "imports"):
+        for extra in ("disk_bytes", "output_bytes", "imports", "steps"):
             if extra in entries[0]:
                 figures[extra] = entries[0][extra]
-        split = [(entry["cost"], entry["events"]) for entry in entries if "events" in entry]
-        if split:
-            alone = [
-                measure.Cost(cost.cpu_s - event["proof_cpu_s"], 0, event["build_peak_bytes"], cost.exit_code)
-                for cost, event in split
-            ]
-            figures["build_only"] = measure.median(alone)
-            figures["build_only"]["disk_bytes"] = split[0][1]["build_disk_bytes"]
-            figures["steps"] = split[0][1]["steps"]
-            figures["exports"] = split[0][1]["exports"]
         phases[name] = figures
     return phases
 

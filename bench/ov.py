@@ -59,60 +59,37 @@ def theirs(model: str) -> Path:
 
 def build(model: str, python: Path, runs: int) -> dict[str, Any]:
     """Each tool `runs` times from nothing, one after the other."""
-    script, cli = Path(sys.executable).parent / "build", python.parent / "optimum-cli"
+    scripts, cli = Path(sys.executable).parent, python.parent / "optimum-cli"
     checkpoint, recipe = inputs.model(HOME, model), our_recipe(model)
     export = [str(cli), "export", "openvino", "-m", str(checkpoint), "--task", "text-generation-with-past"]
     export += ["--weight-format", "int4", "--group-size", "128", "--ratio", "1.0", "out"]
-    whole: list[measure.Cost] = []
-    alone: list[measure.Cost] = []
-    bare: list[measure.Cost] = []
-    peer: list[measure.Cost] = []
+    here = ["--quiet", "--out", "out", "--cache", "cache"]
+    draft = [str(scripts / "enginewright"), "draft", str(recipe), *here]
+    sides = {
+        "draft": draft,
+        "draft without the blob": [*draft, "--set", "targets.int4.compile=false"],
+        "whole build": [str(scripts / "build"), str(recipe), *here],
+        THEIRS: export,
+    }
+    costs: dict[str, list[measure.Cost]] = {side: [] for side in sides}
+    disk = {}
     for number in range(runs):
-        for side, costs in ((OURS, whole), (THEIRS, peer)):
-            work = WORK / model / ("ours" if side == OURS else "theirs")
+        for side, command in sides.items():
+            work = WORK / model / {"whole build": "ours", THEIRS: "theirs"}.get(side, side.replace(" ", "-"))
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            command = [str(script), str(recipe), "--quiet", "--out", "out", "--cache", "cache", "--events", "events"]
             log = HOME / "logs" / "openvino" / f"{model}-{work.name}-{number}.log"
-            cost = measure.run(command if side == OURS else export, cwd=work, environment=builds.environment(), log=log)
+            cost = measure.run(command, cwd=work, environment=builds.environment(), log=log)
             if cost.exit_code:
                 raise SystemExit(f"{side} failed with exit code {cost.exit_code}: see {log}")
-            costs.append(cost)
-            if side == OURS:
-                forget_building(work)
-                again = measure.run(command, cwd=work, environment=builds.environment(), log=log)
-                if again.exit_code:
-                    raise SystemExit(f"{side} failed with exit code {again.exit_code}: see {log}")
-                alone.append(again)
-                bare.append(without_blob(again, (work / "events").read_text("utf-8")))
-            print(f"{model:20} {side:14} {cost.cpu_s:6.1f} CPU s {cost.peak_bytes / 1e6:6.0f} MB", flush=True)
+            costs[side].append(cost)
+            disk[side] = [measure.disk_bytes([folder], [checkpoint]) for folder in (work, work / "out")]
+            print(f"{model:20} {side:24} {cost.cpu_s:6.1f} CPU s {cost.peak_bytes / 1e6:6.0f} MB", flush=True)
     return {
-        "build steps": measure.median(alone),
-        "build steps without the blob": measure.median(bare),
-        "whole": measure.median(whole),
-        THEIRS: measure.median(peer),
+        **{side: measure.median(found) for side, found in costs.items()},
+        "disk_bytes": disk,
         "size_bytes": {OURS: decode_size(ours(model)), THEIRS: decode_size(theirs(model))},
     }
-
-
-def without_blob(cost: measure.Cost, events: str) -> measure.Cost:
-    """What a build took but for the step that compiles the blob, which the peer does not make."""
-    steps = builds.split_events(events)["steps"]
-    blob = steps.pop("int4/engine")
-    building = [row["peak_bytes"] for step, row in steps.items() if not builds.is_proof(step)]
-    return measure.Cost(cost.cpu_s - blob["cpu_s"], cost.wall_s - blob["wall_s"], max(building), cost.exit_code)
-
-
-def forget_building(work: Path) -> None:
-    """Take what makes the artifact out of the store, and leave what proved it: the next build costs no proof."""
-    for line in (work / "events").read_text("utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "done" and not builds.is_proof(event["step"]):
-            result = work / "cache" / "results" / event["key"]
-            for path in (result, *result.rglob("*")):
-                path.chmod(0o755)
-            shutil.rmtree(result)
-    shutil.rmtree(work / "out")
 
 
 def decode_size(folder: Path) -> int:

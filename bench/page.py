@@ -28,13 +28,13 @@ GENERATED = (
     "<!-- Written by bench/page.py from measurements. Run the scripts again instead of changing this page. -->\n"
 )
 PHASES = {
+    "draft": "cold, `draft`",
     "cold": "cold",
     "warm": "again, nothing changed",
     "edit": "last step changed",
     "lean": "`--lean`",
     "help": "`--help`",
 }
-BUILD_STEPS = f"{OURS}, build steps alone"
 
 ABOUT = f"""\
 How to read it:
@@ -44,13 +44,12 @@ How to read it:
 * **Peak** is the resident memory of the largest process. **Disk** is what the job's folder held at the end, cache and
   result together, hard links counted once and those to the model's own files not at all; **result** is the finished
   model alone.
-* **×** is CPU time over that of {OURS}'s whole build: above 1, {OURS} is faster.
+* **×** is CPU time over that of {OURS}'s whole build of the phase: above 1, {OURS} is faster.
 * {OURS}'s **whole build** also runs the source checkpoint in torch at fp32 on held-out text, compares the engine with
-  it, judges the gates, keeps golden inputs and writes a manifest. No peer does this by default: Optimum compares one
-  random batch and warns, Olive and GenAI's builder compare nothing. **Build steps alone** is the same run without the
-  CPU time of the steps that prove (`reference`, `parity`, `golden`, and the unquantized engine that is held against the
-  reference before int8 or int4), and the peak and the disk of the others. The command, which plans, starts the steps
-  and packages, is in both.
+  it (and before int8 or int4 an unquantized one), judges the gates, keeps golden inputs and writes a manifest. No peer
+  does this by default: Optimum compares one random batch and warns, Olive and GenAI's builder compare nothing.
+  **`draft`** makes the engines alone, from an empty cache of its own: the work that the peers do. Both are whole
+  commands, measured from outside as the peers' are.
 
 What is not comparable:
 
@@ -75,18 +74,17 @@ def _exit(codes: Sequence[int]) -> str:
 
 def build_rows(job: Figures) -> list[list[str]]:
     """The rows of one job: phase by phase, the tools below each other."""
-    rows = []
-    for phase in job["tools"][OURS]:
-        whole = job["tools"][OURS][phase]
+    rows, ours = [], job["tools"][OURS]
+    for phase in ours:
+        whole = ours["cold" if phase == "draft" else phase]
         for tool in jobs.TOOLS:
             if phase not in job["tools"].get(tool, {}):
                 continue
             figures = job["tools"][tool][phase]
-            split = tool == OURS and phase == "cold"
             rows.append(
                 [
                     PHASES[phase],
-                    f"{OURS}, whole build" if split else tool,
+                    f"{OURS}, whole build" if tool == OURS and phase == "cold" else tool,
                     ranged(figures, "cpu_s", 2 if figures["cpu_s"] < 1 else 1),
                     f"{figures['cpu_s'] / whole['cpu_s']:.2g}",
                     f"{figures['wall_s']:.1f}",
@@ -96,21 +94,6 @@ def build_rows(job: Figures) -> list[list[str]]:
                     _exit(figures["exit_codes"]),
                 ]
             )
-            if split:
-                alone = figures["build_only"]
-                rows.append(
-                    [
-                        PHASES[phase],
-                        BUILD_STEPS,
-                        ranged(alone, "cpu_s", 2 if alone["cpu_s"] < 1 else 1),
-                        f"{alone['cpu_s'] / whole['cpu_s']:.2g}",
-                        "",
-                        megabytes(alone["peak_bytes"]),
-                        megabytes(alone["disk_bytes"]) if "disk_bytes" in alone else "",
-                        "",
-                        "",
-                    ]
-                )
     return rows
 
 
@@ -130,8 +113,9 @@ def job_section(job: Figures) -> str:
         heavy = [name for name in ours["warm"]["imports"] if name != "numpy"]
         names = " and ".join(heavy) if heavy else "neither torch nor transformers nor onnx nor onnxruntime"
         notes.append(f"{OURS}'s build with all in the store imported {names}.")
-    if "exports" in ours.get("cold", {}):
-        notes.append(f"{OURS}'s export ran {times(ours['cold']['exports'])}.")
+    if "steps" in ours.get("cold", {}):
+        count = sum(step.split("/")[-1] == "export" for step in ours["cold"]["steps"])
+        notes.append(f"{OURS}'s export ran {times(count)}.")
     parts += [" ".join(notes), ""] if notes else []
     low, high = min(job["load"]), max(job["load"])
     parts += [f"Measured on {job['date']}, {_runs(job)}, load average {low} to {high}.", ""]
@@ -150,51 +134,54 @@ def _runs(job: Figures) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our build steps and whole build beside one peer's run of the same job, where both succeeded."""
+    """Our draft and whole build beside one peer's run of the same job, where both succeeded."""
 
     job: str
     peer: str
-    steps: Figures
+    draft: Figures
     whole: Figures
     theirs: Figures
 
     @property
     def ratio(self) -> float:
-        """CPU time of the peer over that of our build steps."""
-        return float(self.theirs["cpu_s"] / self.steps["cpu_s"])
+        """CPU time of the peer over that of our draft."""
+        return float(self.theirs["cpu_s"] / self.draft["cpu_s"])
 
     def row(self) -> list[str]:
         """As the table shows it."""
-        cpu = [f"{each['cpu_s']:.{1 if each['cpu_s'] >= 1 else 2}f}" for each in (self.steps, self.whole, self.theirs)]
+        cpu = [f"{each['cpu_s']:.{1 if each['cpu_s'] >= 1 else 2}f}" for each in (self.draft, self.whole, self.theirs)]
         whole = self.theirs["cpu_s"] / self.whole["cpu_s"]
-        peaks = [megabytes(self.steps["peak_bytes"]), megabytes(self.theirs["peak_bytes"])]
+        peaks = [megabytes(each["peak_bytes"]) for each in (self.draft, self.whole, self.theirs)]
         return [self.job, self.peer, *cpu, f"{self.ratio:.1f}", f"{whole:.1f}", *peaks]
 
 
-COMPARED = ("job", "peer", "build steps", "whole build", "peer", "× steps", "× whole", "peak MB", "peer's")
+COMPARED = (
+    *("job", "peer", "draft", "whole build", "peer", "× draft", "× whole"),
+    *("peak MB of the draft", "of the build", "of the peer"),
+)
 
 
 def comparisons(found: Mapping[str, Figures]) -> list[Comparison]:
-    """Every job and phase that both sides finished. Only a cold build has steps that prove."""
+    """Every job and phase that both sides finished. Only from an empty cache is a draft another thing than a build."""
     rows = []
     for job in found.values():
         for phase, ours in job["tools"][OURS].items():
-            steps = ours["build_only"] if phase == "cold" and "build_only" in ours else ours
+            draft = job["tools"][OURS].get("draft", ours) if phase == "cold" else ours
             for tool in (OLIVE, OPTIMUM, GENAI):
                 theirs = job["tools"].get(tool, {}).get(phase)
                 if theirs and theirs["exit_codes"] == [0] and ours["exit_codes"] == [0]:
                     name = job["title"] if phase in ("cold", "help") else f"{job['title']}, {PHASES[phase]}"
-                    rows.append(Comparison(name, tool, steps, ours, theirs))
+                    rows.append(Comparison(name, tool, draft, ours, theirs))
     return rows
 
 
 def reading(found: Mapping[str, Figures], decode: Figures | None) -> list[str]:
     """The results in a few lines, worst news included, computed and not remembered."""
-    lines = ["CPU seconds of builds: our build steps and whole build (with reference and parity), then the peer's.", ""]
+    lines = ["CPU seconds: our draft and our whole build (with reference and parity), then the peer's.", ""]
     for title, ahead in (("Less than the peer", True), ("More than the peer", False)):
         rows = sorted((each for each in comparisons(found) if (each.ratio >= 1) == ahead), key=lambda each: -each.ratio)
         if rows:
-            lines += [f"{title}, by build steps:", "", table(COMPARED, [each.row() for each in rows], 2), ""]
+            lines += [f"{title}, by the draft:", "", table(COMPARED, [each.row() for each in rows], 2), ""]
     for model, figures in (decode or {}).get("models", {}).items():
         torch = next(row for row in figures["rows"] if row["name"].startswith("torch"))
         fastest = [
