@@ -49,16 +49,15 @@ def run(inputs: Inputs, options: CompileOptions, out: Path, progress: Progress) 
     asked = properties(options.settings, decoder=decoder)
     progress(0, 1, options.settings.device)
     core = ov.Core()
-    last = False
 
-    def read() -> Any:
-        nonlocal last
+    def read() -> tuple[Any, bool]:
         model = core.read_model(out / XML)
-        last = decoder and last_logits_only(model)
-        return model
+        return model, decoder and last_logits_only(model)
 
     try:
-        weights = _write_blob(core, read, options.settings.device, asked, out / BLOB, (out / XML).with_suffix(".bin"))
+        weights, last = _write_blob(
+            core, read, options.settings.device, asked, out / BLOB, (out / XML).with_suffix(".bin")
+        )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1:] or ["no reason given"]
         raise StageError(f"OpenVINO cannot compile it for {options.settings.device}: {reason[0].strip()}") from error
@@ -90,16 +89,22 @@ def import_blob(core: Any, file: Path, device: str, told: Mapping[str, str]) -> 
 
 
 def _write_blob(
-    core: Any, read: Callable[[], Any], device: str, asked: Mapping[str, str], file: Path, weights_file: Path
-) -> str:
-    """Write the blob; whether its weights are in the `bin` or `inside`. RuntimeError where neither answers as the model
-    that was compiled: OpenVINO 2026.4 loses constants of some graphs when it leaves weights out.
+    core: Any,
+    read: Callable[[], tuple[Any, bool]],
+    device: str,
+    asked: Mapping[str, str],
+    file: Path,
+    weights_file: Path,
+) -> tuple[str, bool]:
+    """Write the blob; whether its weights are in the `bin` or `inside`, and whether it gives the last logits alone,
+    which `read` says beside each new model. RuntimeError where neither answers as the model that was compiled:
+    OpenVINO 2026.4 loses constants of some graphs when it leaves weights out.
 
     Only one of the model, the blob and what is imported from it is held at a time. The blob is written before the
     first inference, which copies every weight into the plugin's own layout.
     """
     for weights, mode in (("bin", {"CACHE_MODE": "OPTIMIZE_SIZE"}), ("inside", {})):
-        model = read()
+        model, last = read()
         feeds = _feeds(model)
         compiled = core.compile_model(model, device, {**asked, **mode})
         exported = compiled.export_model()
@@ -116,7 +121,7 @@ def _write_blob(
         except RuntimeError:
             continue
         if all(_near(got, wanted) for got, wanted in zip(found, expected, strict=True)):
-            return weights
+            return weights, last
     raise RuntimeError("what was compiled does not answer alike after it was exported and imported")
 
 
