@@ -1,8 +1,9 @@
 """Builds that are killed at their n-th change of the file system. A server, run by test_kill.py.
 
 Each line of standard input is a JSON object {"argv": [...], "fatal": n}; each line of standard output answers one:
-{"code": exit code or minus the signal}. Python tells an audit hook of each change before it is made; `fatal` 0 counts
-to the end and answers {"code", "changes"} too. Modules are imported once, and every build is a fork.
+{"code": exit code or minus the signal}. Python tells an audit hook of each change before it is made. A build that came
+to its end, as one with `fatal` 0 does, also tells "changes", how many it made, and "published", those below its --out.
+Modules are imported once, and every build is a fork.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ def build(argv: list[str], fatal: int, told: Path) -> int:
     """Run the command; the process is killed before its change number `fatal`."""
     from pipeline.cli.main import run
 
-    changes = 0
+    changes = published = 0
+    out = f"{argv[argv.index('--out') + 1]}{os.sep}"
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal changes
+        nonlocal changes, published
         writes = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
         if writes or event in CHANGES:
             changes += 1
             if changes == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
+            published += any(str(each).startswith(out) for each in arguments)
 
     sys.addaudithook(hook)
     code = run(argv)
     fatal = 0
-    told.write_text(str(changes))
+    told.write_text(json.dumps({"changes": changes, "published": published}))
     return code
 
 
@@ -54,7 +57,7 @@ def main(told: Path) -> None:
         _, status = os.waitpid(child, 0)
         answer = {"code": os.waitstatus_to_exitcode(status)}
         if answer["code"] == 0:
-            answer["changes"] = int(told.read_text())
+            answer |= json.loads(told.read_text())
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
