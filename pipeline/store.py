@@ -51,7 +51,7 @@ class Entry:
         return not any(file.get("dropped") for file in self.files)
 
 
-def _stat(path: Path) -> list[int]:
+def stat_of(path: Path) -> list[int]:
     """What changes when a file does: modification and change time in ns, inode, size."""
     s = path.stat()
     return [s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size]
@@ -61,7 +61,7 @@ def _describe(out: Path) -> list[dict[str, Any]]:
     """Every file under `out`, with size, digest and stat, sorted by path."""
     files = sorted(path for path in out.rglob("*") if path.is_file())
     return [
-        {"path": f.relative_to(out).as_posix(), "size": f.stat().st_size, "digest": sha256_file(f), "stat": _stat(f)}
+        {"path": f.relative_to(out).as_posix(), "size": f.stat().st_size, "digest": sha256_file(f), "stat": stat_of(f)}
         for f in files
     ]
 
@@ -120,7 +120,7 @@ class Store:
         fresh = False
         for file in (file for file in entry.files if not file.get("dropped")):
             try:
-                stat = _stat(entry.out / file["path"])
+                stat = stat_of(entry.out / file["path"])
                 if deep or stat != file["stat"]:
                     if stat[3] != file["size"] or sha256_file(entry.out / file["path"]) != file["digest"]:
                         self.corrupt[key] = f"{file['path']} has changed"
@@ -187,7 +187,7 @@ class Store:
                 if path.stat().st_nlink == 1:  # a link to the user's own model keeps its mode
                     path.chmod(0o444)
                 _sync(path)
-                file["stat"] = _stat(path)
+                file["stat"] = stat_of(path)
             self._write(scratch / "key.json", key_text)
             self._write(scratch / "entry.json", {"files": files, "run": run})
             final = self.path(key)

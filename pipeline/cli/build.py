@@ -24,6 +24,7 @@ from pipeline.hardware import probe
 from pipeline.parity import gates
 from pipeline.run import budget
 from pipeline.run.lean import drop
+from pipeline.run.linked import note_links
 from pipeline.run.status import status
 from pipeline.store import open_store
 
@@ -151,6 +152,7 @@ def build(
             judged = [each for each in judged if each.target in kept]
         failed = [each for each in judged if each.outcome is gates.Outcome.FAILED]
         made = {} if failed else publish(prepared, results, judged, out, started, costs, copy)
+        note_links(store, results.values())
         document = outcome.document(prepared.recipe, judged, made)
         if choosing:
             document["choices"] = [asdict(choice) for choice in choices]

@@ -21,6 +21,7 @@ from pipeline.hardware import probe
 from pipeline.plan import Plan
 from pipeline.run import budget
 from pipeline.run.lean import drop
+from pipeline.run.linked import note_links
 from pipeline.run.status import status
 from pipeline.store import open_store
 
@@ -83,6 +84,7 @@ def draft(
             drafts.put(engine.out, place, _said(prepared, target), "copy" if copy else "auto")
             precision = json.loads((engine.out / "engine.json").read_bytes())["precision"]
             rows.append({"target": target, "precision": precision, "size_bytes": engine.size_bytes, "path": str(place)})
+        note_links(store, results.values())
     if lean:
         drop(prepared.plan, store)
     if form == "json":

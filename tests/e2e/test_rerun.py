@@ -127,3 +127,14 @@ def test_one_target_alone(ready: Site, tmp_path: Path) -> None:
 def test_the_reason_for_a_removed_result(ready: Site, tmp_path: Path) -> None:
     site = ready.elsewhere(tmp_path / "site", "onnx.fused")
     assert site.plan() == {"export": "its result was removed"}
+
+
+def test_a_build_after_a_build_notes_nothing(ready: Site, tmp_path: Path) -> None:
+    """Every record is as the first build left it: what differs is hashed, and noted."""
+    site = ready.elsewhere(tmp_path / "site")
+    site.made()
+    records = sorted((site.cache / "results").glob("*/entry.json"))
+    before = [record.stat().st_mtime_ns for record in records]
+    assert len(records) > 5
+    site.made()
+    assert [record.stat().st_mtime_ns for record in records] == before
