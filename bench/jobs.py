@@ -219,6 +219,7 @@ def three_targets(tools: Interpreters, home: Path, model: Path, task: str, recip
         ours = (
             tools.draft(recipe),
             Phase("cold", (tools.build(recipe),), "build"),
+            Phase("warm", (tools.build(recipe),), "build"),
             Phase("lean", (tools.build(recipe, "--lean"),), "build"),
         )
         return (
@@ -262,6 +263,7 @@ def decoder(tools: Interpreters, name: str, precision: str, model: Path, recipe:
         ours = (
             tools.draft(recipe),
             Phase("cold", (tools.build(recipe),), "build"),
+            Phase("warm", (tools.build(recipe),), "build"),
             Phase("lean", (tools.build(recipe, "--lean"),), "build"),
         )
         found = [

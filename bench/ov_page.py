@@ -35,7 +35,7 @@ def sections(document: Mapping[str, Any]) -> str:
         "## OpenVINO",
         "",
         f"Measured by `bench/ov.py` on {document['date']}, {told['processors']} processors of {told['arch']} "
-        f"({', '.join(told['isa'])}): this CPU executes in f32. {busy}{versions}.",
+        f"({', '.join(told['isa'])}). {busy}{versions}.",
         "",
         "### int4 of decoders beside optimum-intel",
         "",
@@ -60,7 +60,12 @@ def sections(document: Mapping[str, Any]) -> str:
             disk = " / ".join(megabytes(each) for each in found["disk_bytes"][name])
             rows.append([model, tool, ranged(found[name], "cpu_s"), peak, share, megabytes(size), disk])
     head = ["model", "tool", "CPU s", "peak MB", "CPU / peak of optimum-intel's", "IR MB", "disk / result MB"]
-    lines += [table(head, rows, right=2), "", "The same measures of both, by our Engine in f32, one reference:", ""]
+    lines += [
+        table(head, rows, right=2),
+        "",
+        "The same measures of both, by our Engine with one setting and one reference:",
+        "",
+    ]
     rows = [
         [model, side, *(f"{values[name]:.4g}" for name in METRICS)]
         for model, figures in document["models"].items()
