@@ -22,6 +22,7 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/builds.py
+	$(BIN)/python bench/ov.py
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/quality_encoder.py
