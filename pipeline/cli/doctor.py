@@ -119,7 +119,7 @@ def _recipe(path: Path, store: Store, host: hardware.Hardware) -> tuple[dict[str
         "path": str(path),
         "ok": not problems,
         "reason": "; ".join(problems) or "fits on this host",
-        "disk_need_bytes": preflight.disk(prepared),
+        "disk_need_bytes": preflight.disk(prepared, prepared.plan.steps),
         "memory_need_bytes": max(step.memory_bytes for step in prepared.plan.steps),
         "targets": list(prepared.recipe.targets),
         "steps": len(prepared.plan.steps),

@@ -19,20 +19,22 @@ SHARES |= {"F32": 1.0, "F16": 0.5, "BF16": 0.5, "Q8_0": 0.27, "Q6_K": 0.21, "Q5_
 SHARES |= dict.fromkeys(("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "IQ4_NL", "MXFP4"), 0.16)
 SHARES |= dict.fromkeys(("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"), 0.13)
 """Size of an engine as a share of the fp32 weights, scales included; then in llama.cpp's types."""
+MADE = ("model", "unquantized", "engine")
+"""The steps whose results are large."""
 
 
-def disk(prepared: Prepared) -> int:
-    """Rough need of disk, bytes: the checkpoint, and every engine."""
+def disk(prepared: Prepared, steps: Iterable[PlannedStep]) -> int:
+    """Rough need of disk of the steps that will run, bytes: the checkpoint, and every engine."""
+    running, plan = {step.key for step in steps}, prepared.plan
+    made = {name: [t for t, keys in plan.targets.items() if keys.get(name) in running] for name in MADE}
     weights = sum(file.size for file in prepared.job.sources.model.files)
     config = prepared.job.config
     stored = 2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4
-    fp32 = weights * 4 // stored
-    precisions = [str(getattr(target, "precision", "")) for target in prepared.recipe.targets.values()]
+    precisions = [str(getattr(prepared.recipe.targets[target], "precision", "")) for target in made["engine"]]
     shares = sum(SHARES.get(precision, stored / 4) for precision in precisions)
     # A quantized engine is held against an unquantized one first, where one is not asked for anyway.
-    compared = any(step.name == "unquantized" for step in prepared.plan.steps)
-    shares += compared and not {"fp32", "F32"} & set(precisions)
-    return weights + int(fp32 * shares)
+    shares += bool(made["unquantized"]) and not {"fp32", "F32"} & set(precisions)
+    return weights * bool(made["model"]) + int(weights * 4 // stored * shares)
 
 
 def too_large(steps: Iterable[PlannedStep], limit_bytes: int) -> UnavailableError | None:
@@ -73,7 +75,8 @@ def problems(
     prepared: Prepared, steps: Iterable[PlannedStep], store: Store, memory_bytes: int
 ) -> Iterator[EnginewrightError]:
     """What of the steps that will run does not fit on the disk, or in so much memory (0: not asked)."""
-    needed = disk(prepared)
+    steps = tuple(steps)
+    needed = disk(prepared, steps)
     if free(store.root) < needed:
         yield StageError(
             f"no space: {megabytes(free(store.root))} free on the disk of {store.root}, "

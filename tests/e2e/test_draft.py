@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.engine import Sampling
 from pipeline.targets.ort_engine import open_engine
-from tests.e2e.harness import COPIES, Done, Running, Site, command, refused, snapshot, wait_for
+from tests.e2e.harness import COPIES, Done, Running, Site, command, mounted, refused, size_of, snapshot, wait_for
 from tests.e2e.test_lean import disk
 
 
@@ -61,6 +63,15 @@ def test_a_build_proves_the_same_engines_and_makes_none_again(drafted: Site, rea
     ran = site.ran()
     assert "reference" in ran and not any(step.endswith(("engine", "export")) for step in ran)
     assert site.ids() == ready.ids()
+
+
+def test_engines_that_are_there_need_no_room_again(drafted: Site, ready: Site, tmp_path: Path) -> None:
+    """The estimate is of what will run: the proof is small."""
+    weights = (drafted.root / "model" / "model.safetensors").stat().st_size
+    with mounted(tmp_path / "small", size_of(drafted.cache) + weights) as place:
+        shutil.copytree(drafted.cache, place / "cache")
+        site = replace(drafted, cache=place / "cache", out=tmp_path / "out")
+        assert site.made() == ready.ids()
 
 
 def test_a_second_draft_has_nothing_to_do(site: Site) -> None:

@@ -32,7 +32,7 @@ def without_estimate(folder: Path) -> dict[str, str]:
         "        run = spec.loader.exec_module\n"
         "        def patched(module):\n"
         "            run(module)\n"
-        "            module.disk = lambda prepared: 0\n"
+        "            module.disk = lambda prepared, steps: 0\n"
         "        spec.loader.exec_module = patched\n"
         "        return spec\n"
         "sys.meta_path.insert(0, Finder())\n"
