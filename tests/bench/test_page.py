@@ -26,10 +26,10 @@ def figures(cpu_s: float, exit_codes: list[int] | None = None, **more: Any) -> d
 
 
 def document() -> dict[str, Any]:
-    alone = {**figures(4.0), "peak_bytes": 1.2e8}
     tools = {
         "Enginewright": {
-            "cold": figures(10.0, build_only=alone, exports=1),
+            "draft": {**figures(4.0), "peak_bytes": 1.2e8},
+            "cold": figures(10.0, steps={"model": {}, "export": {}, "cpu/engine": {}}),
             "warm": figures(0.3, imports=["numpy"]),
         },
         "Olive": {"cold": figures(8.0), "warm": figures(5.0)},
@@ -91,7 +91,7 @@ def test_a_peer_that_needs_less_is_named_and_failures_are_not_compared() -> None
     assert compared["tiny: fp32 to int8", "Optimum"].ratio == 0.75
     assert ("tiny: fp32 to int8, again, nothing changed", "Optimum") not in compared
     text = "\n".join(page.reading(document()["jobs"], None))
-    worse = "| tiny: fp32 to int8 | Optimum | 4.0 | 10.0 | 3.0 | 0.8 | 0.3 | 120 | 500 |"
+    worse = "| tiny: fp32 to int8 | Optimum | 4.0 | 10.0 | 3.0 | 0.8 | 0.3 | 120 | 500 | 500 |"
     assert text.index("Less than the peer") < text.index("More than the peer") < text.index(worse)
 
 
@@ -99,7 +99,7 @@ def test_page_shows_figures_failures_and_a_busy_machine() -> None:
     near = {"samples": 64, "rows": [{"name": "Olive", "size_bytes": 22.9e6, "cosine": {"mean": 0.97, "min": 0.9}}]}
     text = page.page(document(), decoded(), None, near)
     assert "| cold | Enginewright, whole build | 10.0 (9.9-10.1) | 1 |" in text
-    assert "| cold | Enginewright, build steps alone | 4.0 (3.9-4.1) | 0.4 |" in text
+    assert "| cold, `draft` | Enginewright | 4.0 (3.9-4.1) | 0.4 |" in text
     assert "| **1** |" in text
     assert "Other work ran on it" in text
     assert "neither torch nor transformers nor onnx nor onnxruntime" in text
