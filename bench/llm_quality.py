@@ -37,10 +37,10 @@ def quality(folder: Path) -> tuple[float, float]:
     scores = []
     for row in ids:
         given = {"input_ids": row[None]}
-        pair = (engine.run(given)["logits"][0] for engine in (reference, candidate))
-        scores.append(divergence.score(*pair, row, np.ones_like(row)))
-    found = divergence.summarise(scores)
-    return found["kld_mean"], found["top1"]
+        wanted, found = (engine.run(given)["logits"][0] for engine in (reference, candidate))
+        scores.append(divergence.score(wanted, found, row, np.ones_like(row)))
+    summary = divergence.summarise(scores)
+    return summary["kld_mean"], summary["top1"]
 
 
 def main() -> int:
@@ -57,11 +57,9 @@ def main() -> int:
         place.mkdir(parents=True)
         told = (MODEL, method, place, SAMPLES, LENGTH)
         cells = []
-        for tool, run, folder in (
-            ("Enginewright", lambda: llm_quantize.ours(*told), place / f"ours-{method}" / "quantized" / "out"),  # noqa: B023
-            ("llm-compressor", lambda: llm_quantize.theirs(arguments.peer, *told), place / f"peer-{method}"),  # noqa: B023
-        ):
-            cost = run()
+        ours, theirs = place / f"ours-{method}" / "quantized" / "out", place / f"peer-{method}"
+        for tool, folder in (("Enginewright", ours), ("llm-compressor", theirs)):
+            cost = llm_quantize.ours(*told) if folder == ours else llm_quantize.theirs(arguments.peer, *told)
             if cost.exit_code:
                 cells.append("failed")
             else:

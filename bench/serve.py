@@ -78,7 +78,7 @@ def directly(child: Child, new: int) -> float:
     """Tokens/s of the whole generation, prefill included."""
     child.ask(batch=1, prompt=PROMPT, new=WARM, seed=SEED)
     answer = child.ask(batch=1, prompt=PROMPT, new=new, seed=SEED)
-    return new / (answer["first_s"] + answer["rest_s"])
+    return float(new / (answer["first_s"] + answer["rest_s"]))
 
 
 def through(client: HTTPConnection, model: str, ids: list[int], new: int, stream: bool) -> float:

@@ -25,7 +25,7 @@ import measure
 import trt_page
 
 from pipeline.plain import to_plain
-from pipeline.run.child import _reference
+from pipeline.run.child import reference
 from pipeline.stages.onnx import torch as onnx_torch
 from pipeline.stages.tensorrt import decoder as trt_decoder
 from pipeline.stages.tensorrt import engine as trt_engine
@@ -72,7 +72,7 @@ def step(stage: Stage[Any], options: Any, inputs: dict[str, Path], out: Path, ru
     for _ in range(runs):
         shutil.rmtree(out, ignore_errors=True)
         job = {
-            "stage": _reference(stage),
+            "stage": reference(stage),
             "options_type": f"{type(options).__module__}:{type(options).__qualname__}",
             "options": to_plain(options),
             "inputs": {role: str(path) for role, path in inputs.items()},
