@@ -77,8 +77,18 @@ def holding(base_mb: int, *, weights: float = 0, largest: float = 0, layer: floa
 
 def placing(options: Any, size: Size) -> int:
     """The need of a stage that writes an ONNX file: streamed, or built in memory where one file holds the weights."""
+    return _placed(options, size, streamed=110_000_000 + int(0.6 * size.largest))
+
+
+def placing_blocks(options: Any, size: Size) -> int:
+    """The same for one that quantizes to int8 and int4 block by block, and so holds no whole tensor for them."""
+    if getattr(options, "precision", "") not in ("int8", "int4"):
+        return placing(options, size)
+    return _placed(options, size, streamed=70_000_000 + int(0.1 * size.largest))
+
+
+def _placed(options: Any, size: Size, streamed: int) -> int:
     made = int(size.weights * SHARES.get(str(getattr(options, "precision", "fp16")), 0.5))
-    streamed = 110_000_000 + int(0.6 * size.largest)
     return streamed if made > ONE_FILE else max(streamed, 72_000_000 + int(3.8 * made))
 
 

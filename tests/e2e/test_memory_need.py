@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from pipeline import hardware
 from pipeline.cli import build as build_command
 from pipeline.errors import UnavailableError
-from pipeline.size import Size, holding, placing, size_of
+from pipeline.size import Size, holding, placing, placing_blocks, size_of
 from tests.conftest import ROOT
 from tests.e2e.harness import DATA, Done, Site, command
 from tests.models import llama
@@ -120,3 +120,5 @@ def test_formulas() -> None:
     assert need(Options, size) == 10**6 + 10**9 + 10**8 + 10**7 + 30_000
     assert placing(Options, size) == 170_000_000  # streamed
     assert placing(Options, replace(size, weights=10**8)) == 178_400_000  # in memory
+    assert placing_blocks(Options, size) == 80_000_000
+    assert placing_blocks(Options, replace(size, weights=10**8)) == 178_400_000

@@ -13,7 +13,7 @@ from typing import Literal
 from pipeline.errors import RecipeError
 from pipeline.frozen import frozen
 from pipeline.recipe import option
-from pipeline.size import placing
+from pipeline.size import placing_blocks
 from pipeline.step import Inputs, Progress, Stage
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -126,4 +126,4 @@ def run(inputs: Inputs, options: WeightOptions, out: Path, progress: Progress) -
     write_engine(out, export, precision=options.precision, quantization=quantization, settings=settings)
 
 
-STAGE = Stage("onnxruntime.weights", run, version=1, tools=("numpy", "onnx"), memory=placing)
+STAGE = Stage("onnxruntime.weights", run, version=1, tools=("numpy", "onnx"), memory=placing_blocks)
