@@ -84,6 +84,13 @@ class Interpreters:
         command = (self.tool(self.ours, "enginewright"), "draft", str(recipe), "--quiet", "--out", "out")
         return Phase("draft", ((*command, "--cache", "cache"),), "draft")
 
+    def ours_from_nothing(self, recipe: Path) -> Attempt:
+        """A draft, a build, the same build again, and what it leaves with `--lean`."""
+        again = self.build(recipe)
+        runs = (("cold", again), ("warm", again), ("lean", self.build(recipe, "--lean")))
+        built = (Phase(name, (command,), "build") for name, command in runs)
+        return Attempt(OURS, (self.draft(recipe), *built), ("out",))
+
     def olive_run(self, config: Path) -> Command:
         return (self.tool(self.olive, "olive"), "run", "--config", str(config))
 
@@ -216,14 +223,8 @@ def three_targets(tools: Interpreters, home: Path, model: Path, task: str, recip
             for key, passes in ways.items()
         ]
         quantize = tools.optimum_cli("onnxruntime", "quantize", "--onnx_model", "out-a", "--avx2")
-        ours = (
-            tools.draft(recipe),
-            Phase("cold", (tools.build(recipe),), "build"),
-            Phase("warm", (tools.build(recipe),), "build"),
-            Phase("lean", (tools.build(recipe, "--lean"),), "build"),
-        )
         return (
-            Attempt(OURS, ours, ("out",)),
+            tools.ours_from_nothing(recipe),
             Attempt(
                 OLIVE,
                 (Phase("cold", tuple(tools.olive_run(config) for config in configs)),),
@@ -260,14 +261,8 @@ def decoder(tools: Interpreters, name: str, precision: str, model: Path, recipe:
     def attempts(parent: Path) -> tuple[Attempt, ...]:
         olive = (tools.tool(tools.olive, "olive"), "capture-onnx-graph", "-m", str(model), "--use_model_builder")
         genai = (str(tools.ours), "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", "out")
-        ours = (
-            tools.draft(recipe),
-            Phase("cold", (tools.build(recipe),), "build"),
-            Phase("warm", (tools.build(recipe),), "build"),
-            Phase("lean", (tools.build(recipe, "--lean"),), "build"),
-        )
         found = [
-            Attempt(OURS, ours, ("out",)),
+            tools.ours_from_nothing(recipe),
             Attempt(OLIVE, (Phase("cold", ((*olive, "--precision", precision, "-o", "out"),)),), ("out",)),
             Attempt(GENAI, (Phase("cold", ((*genai, "-p", precision, "-e", "cpu", "-c", "cache"),)),), ("out",)),
         ]
