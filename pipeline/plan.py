@@ -52,9 +52,9 @@ class Plan:
         """Key -> step."""
         return {step.key: step for step in self.steps}
 
-    def chain(self, key: str) -> tuple[PlannedStep, ...]:
-        """The step of `key` and all it rests on, in plan order."""
-        wanted, by_key = {key}, self.by_key()
+    def chain(self, *keys: str) -> tuple[PlannedStep, ...]:
+        """The steps of `keys` and all they rest on, in plan order."""
+        wanted, by_key = set(keys), self.by_key()
         for step in reversed(self.steps):
             if step.key in wanted:
                 wanted.update(by_key[step.key].needs.values())

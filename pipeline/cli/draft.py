@@ -99,11 +99,9 @@ def draft(
 
 def engines(plan: Plan) -> Plan:
     """The part of a plan that the engines rest on: without the reference, parity, and what only these read."""
-    steps = {step.key: step for keys in plan.targets.values() for step in plan.chain(keys["engine"])}
-    return Plan(
-        tuple(step for step in plan.steps if step.key in steps),
-        {target: {n: key for n, key in keys.items() if key in steps} for target, keys in plan.targets.items()},
-    )
+    steps = plan.chain(*(keys["engine"] for keys in plan.targets.values()))
+    kept = {step.key for step in steps}
+    return Plan(steps, {t: {n: key for n, key in keys.items() if key in kept} for t, keys in plan.targets.items()})
 
 
 def _said(prepared: Prepared, target: str) -> dict[str, object]:
