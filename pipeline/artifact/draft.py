@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.artifact import swap
 from pipeline.artifact.package import disk_error, regular_files
 from pipeline.artifact.paths import DRAFT
-from pipeline.artifact.place import Link, place, sync, write
+from pipeline.artifact.place import Link, place, write
 from pipeline.digest import canonical
 from pipeline.errors import StageError
 
@@ -30,17 +30,10 @@ def put(engine_dir: Path, destination: Path, said: Mapping[str, object], link: L
             check_replaceable(destination)
             if _present(destination, files, note):
                 return False
-            new = swap.assembling(destination)
-            try:
-                new.mkdir()
+            with swap.replacing(destination) as new:
                 for name, path in files.items():
                     place(path, new / name, link)
                 write(note, new / DRAFT)
-                sync(new)
-                swap.publish(destination)
-            except BaseException:
-                swap.recover(destination)
-                raise
     except OSError as error:
         raise disk_error(error, files, destination) from error
     return True

@@ -14,7 +14,7 @@ from pipeline.artifact import attest, card, paths, swap
 from pipeline.artifact.attest import Attestation
 from pipeline.artifact.clean import check_clean
 from pipeline.artifact.manifest import File, Manifest, ManifestFacts, artifact_id, freeze, manifest_bytes
-from pipeline.artifact.place import Link, place, sync, write
+from pipeline.artifact.place import Link, place, write
 from pipeline.artifact.read import decode
 from pipeline.artifact.roles import ROLES, role_of
 from pipeline.digest import canonical, sha256_file
@@ -210,10 +210,8 @@ def _write(
     name: str,
 ) -> None:
     """Put the folder together beside its destination, then swap it in."""
-    new = swap.assembling(destination)
     identity = artifact_id(manifest)
-    try:
-        new.mkdir()
+    with swap.replacing(destination) as new:
         for path, content in payload.items():
             if isinstance(content, bytes):
                 write(content, new / path)
@@ -225,11 +223,6 @@ def _write(
             if key not in statements or (attest.judged(found["predicate"]) and not attest.judged(statements[key][1])):
                 attest.write_attestation(new, key, found)
         _renew(new, identity, statements, name)
-        sync(new)
-        swap.publish(destination)
-    except BaseException:
-        swap.recover(destination)
-        raise
 
 
 def _statements(artifact: Path, identity: str) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.artifact.place import remove, sync_names
+from pipeline.artifact.place import remove, sync, sync_names
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -44,6 +44,23 @@ def recover(destination: Path) -> None:
         previous(destination).rename(destination)
     remove(previous(destination))
     remove(assembling(destination))
+
+
+@contextlib.contextmanager
+def replacing(destination: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `destination` when the block ends well, and is removed when not.
+
+    The caller holds the lock.
+    """
+    new = assembling(destination)
+    try:
+        new.mkdir()
+        yield new
+        sync(new)
+        publish(destination)
+    except BaseException:
+        recover(destination)
+        raise
 
 
 def left_over(destination: Path) -> bool:

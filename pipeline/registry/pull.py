@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from pipeline.artifact import attest, paths, swap
 from pipeline.artifact.package import check_replaceable
-from pipeline.artifact.place import place, sync, sync_names, write
+from pipeline.artifact.place import place, sync_names, write
 from pipeline.artifact.verify import examine
 from pipeline.errors import VerificationError
 from pipeline.frozen import frozen
@@ -202,18 +202,11 @@ def _assemble(
     target: Unpacked, said: Mapping[str, bytes], layers: Mapping[str, Descriptor], store: Layout, destination: Path
 ) -> None:
     """Put the folder together beside its destination, then swap it in."""
-    new = swap.assembling(destination)
-    try:
-        new.mkdir()
+    with swap.replacing(destination) as new:
         for path, layer in layers.items():
             place(store.blob_path(layer.digest), new / path, "auto")
         write(target.manifest_data, new / paths.MANIFEST)
         _add_attestations(new, said)
-        sync(new)
-        swap.publish(destination)
-    except BaseException:
-        swap.recover(destination)
-        raise
 
 
 def _add_attestations(artifact: Path, said: Mapping[str, bytes]) -> None:

@@ -291,7 +291,7 @@ def test_a_disk_that_refuses_leaves_the_old_artifact(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code), str(tmp_path / "out/.tiny.assembling/model.onnx"))
 
-    monkeypatch.setattr(package, where, refuse)
+    monkeypatch.setattr(swap if where == "sync" else package, where, refuse)
     with pytest.raises(StageError) as caught:
         build(_next(tmp_path), destination=made.path)
     assert caught.value.exit_code == 3
@@ -313,13 +313,13 @@ def test_both_ways_of_swapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 KILLED = """
 import os, pathlib, sys
-from pipeline.artifact import package, swap
+from pipeline.artifact import swap
 from tests.artifact.helpers import build
 root, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_: os._exit(9)
 real_rename = pathlib.Path.rename
 if moment == "assembling":
-    package.sync = kill
+    swap.sync = kill
 elif moment == "before the swap":
     swap.publish = kill
 elif moment == "between the renames":
