@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import outcome, preflight
+from pipeline.cli import options, outcome, preflight
 from pipeline.cli.cache import size
 from pipeline.cli.console import megabytes, opened
 from pipeline.cli.errors import report
+from pipeline.cli.options import FOLDER
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.cli.publish import publish
 from pipeline.cli.running import run
@@ -32,28 +33,25 @@ if TYPE_CHECKING:
     from pipeline.cli.best_of import Choice
     from pipeline.shared import Shared
 
-FOLDER = click.Path(path_type=Path)
-FORMAT = click.Choice(["text", "json"])
-
 
 @click.command()
-@click.argument("recipe", type=FOLDER)
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
+@options.recipe
+@options.overrides
 @click.option("--target", "only", multiple=True, metavar="NAME", help="Build only this target (may be repeated).")
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would run and why; run nothing.")
 @click.option("--detailed-exitcode", is_flag=True, help="With --plan: 0 nothing to do, 2 work to do, 1 error.")
 @click.option("--locked", is_flag=True, help="Fail if a source differs from the recipe's lock file.")
-@click.option("--offline", is_flag=True, help="Use no network; sources must be local or fetched before.")
+@options.offline
 @click.option("--update", is_flag=True, help="Ask the hub again which commit a branch or tag means.")
-@click.option("--cache", "root", type=FOLDER, help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache/enginewright.")
+@options.cache
 @click.option("--out", type=FOLDER, default=Path("artifacts"), show_default=True, help="Where artifacts go.")
 @click.option("--copy", is_flag=True, help="Copy files into artifacts instead of linking them to the store.")
 @click.option("--lean", is_flag=True, help="At the end drop intermediate results that no artifact holds.")
-@click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
+@options.jobs
 @click.option(
     "--on", "where", metavar="PLACE", default="local", help="local, ray (here or $RAY_ADDRESS), ray://HOST:PORT."
 )
-@click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
+@options.memory
 @click.option(
     "--shared",
     "url",
@@ -63,10 +61,10 @@ FORMAT = click.Choice(["text", "json"])
 )
 @click.option("--shared-read-only", is_flag=True, envvar="ENGINEWRIGHT_SHARED_READ_ONLY", help="Put nothing there.")
 @click.option("--best-of", "choosing", is_flag=True, help="Keep the fastest passing target of each hardware alone.")
-@click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
-@click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
+@options.form
+@options.events
 @click.option("--junit", type=FOLDER, help="Write the gates as a JUnit XML file.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@options.quiet
 def build(
     recipe: Path,
     overrides: Sequence[str],

@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 
 from pipeline.artifact import draft as drafts
-from pipeline.cli import preflight
-from pipeline.cli.build import FOLDER, FORMAT
+from pipeline.cli import options, preflight
 from pipeline.cli.cache import size
 from pipeline.cli.console import megabytes, opened, table
+from pipeline.cli.options import FOLDER
 from pipeline.cli.prepare import Prepared, prepare
 from pipeline.cli.running import run
 from pipeline.hardware import probe
@@ -27,19 +27,19 @@ from pipeline.store import open_store
 
 
 @click.command()
-@click.argument("recipe", type=FOLDER)
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
+@options.recipe
+@options.overrides
 @click.option("--target", "only", multiple=True, metavar="NAME", help="Make only this target (may be repeated).")
-@click.option("--offline", is_flag=True, help="Use no network; sources must be local or fetched before.")
-@click.option("--cache", "root", type=FOLDER, help="The store. Default: $ENGINEWRIGHT_CACHE or ~/.cache/enginewright.")
+@options.offline
+@options.cache
 @click.option("--out", type=FOLDER, default=Path("drafts"), show_default=True, help="Where drafts go.")
 @click.option("--copy", is_flag=True, help="Copy files into drafts instead of linking them to the store.")
 @click.option("--lean", is_flag=True, help="At the end drop intermediate results that no engine holds.")
-@click.option("--jobs", "-j", type=click.IntRange(1), help="Steps that run side by side. Default: as many as cores.")
-@click.option("--memory", metavar="SIZE", help="Memory for the steps, e.g. 12GB. Default: 90% of what is free.")
-@click.option("--format", "form", type=FORMAT, default="text", help="json: one document on standard output.")
-@click.option("--events", metavar="FILE", help="Write NDJSON events to FILE (`-`: standard error).")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@options.jobs
+@options.memory
+@options.form
+@options.events
+@options.quiet
 def draft(
     recipe: Path,
     overrides: Sequence[str],
